@@ -1,0 +1,39 @@
+"""Linear head and cross-entropy: written out, F.cross_entropy on whole logits, ours without the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gptkernels
+from benchmarks.op import Op, Shape, random_leaves
+from gptkernels import cost
+from gptkernels.ops.cross_entropy import reference
+
+
+def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x (N, C), weight (V, C) and targets (N,)."""
+    N, C, V = shape["N"], shape["C"], shape["V"]
+    x, weight = random_leaves(dtype, (N, C), (V, C))
+    with torch.no_grad():
+        weight.mul_(C**-0.5)
+    return x, weight, torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+
+
+def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's cross-entropy on all the logits."""
+    return F.cross_entropy(F.linear(x, weight), targets)
+
+
+OP = Op(
+    name="cross_entropy",
+    title="linear_cross_entropy",
+    shapes=({"N": 1024, "C": 768, "V": 50257},),
+    small={"N": 33, "C": 64, "V": 301},
+    inputs=inputs,
+    reference=reference.linear_cross_entropy,
+    eager=eager,
+    ours=gptkernels.linear_cross_entropy,
+    cost=lambda s, dtype_bytes: cost.linear_cross_entropy(s["N"], s["C"], s["V"], dtype_bytes),
+)

@@ -1,0 +1,119 @@
+"""Peak memory of one column, measured in a process of its own by the kernel's high-water mark.
+
+torch.profiler sees only torch's allocator; our native operators also use memory that it does not see. The resident
+set sees all of it. The protocol, the same for every column:
+
+1. a fresh process builds the work: inputs and output gradients, or model, batch and the optimizer's state;
+2. a warm-up at a tiny shape loads libraries and code, so that they do not count; torch.compile is compiled and warmed
+   at the full shape instead, since it has no tiny form of the same code (what it keeps from that is in its favour);
+3. freed heap goes back to the system, and what is then resident is the baseline;
+4. the high-water mark is reset, the work runs three times at the full shape, and the mark is read.
+
+peak = mark - baseline. So a workspace that an operator keeps for its next call counts in full, as it should. The
+gradients of parameters and inputs are part of the peak of every column; `beyond gradients` leaves them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import Column
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RUNS = 3
+
+
+def peak_figures(column: Column, gradient_bytes: int) -> dict[str, float]:
+    """Megabytes that the column needs above what is resident now."""
+    give_back_heap()
+    baseline = resident_bytes("VmRSS")
+    CLEAR_REFS.write_text("5")  # 5 resets the high-water mark; see proc(5)
+    for _ in range(RUNS):
+        column.run()
+    peak = max(0, resident_bytes("VmHWM") - baseline)
+    return {
+        "peak_mb": peak / 1e6,
+        "gradients_mb": gradient_bytes / 1e6,
+        "peak_beyond_gradients_mb": max(0, peak - gradient_bytes) / 1e6,
+    }
+
+
+def resident_bytes(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{STATUS} has no field {field}")
+
+
+def give_back_heap() -> None:
+    """Collect garbage and return freed heap to the system, where the C library can."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def measured_in_subprocess(work: dict[str, object]) -> dict[str, float | str]:
+    """The peak of one column in a fresh process, or the reason why it could not be measured."""
+    if not CLEAR_REFS.exists():
+        return {"unavailable": "needs Linux's /proc/self/clear_refs"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", json.dumps(work)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
+    if done.returncode != 0:
+        return {"unavailable": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str]) -> int:
+    """`python -m benchmarks.memory JSON`: what the parent process runs; the JSON names the work and the column."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="Peak memory of one column.")
+    parser.add_argument("work", help="the work as JSON: kind (ops or train), column and what that kind needs")
+    work = json.loads(parser.parse_args(argv).work)
+    measure = ops_peak if work["kind"] == "ops" else train_peak
+    print(json.dumps(measure(work)))
+    return 0
+
+
+def ops_peak(work: dict) -> dict[str, float]:
+    """Peak of one operator's column."""
+    from benchmarks.ops import OPS, gradient_bytes, op_column
+
+    op = OPS[work["op"]]
+    build: Callable[[dict[str, int]], Column] = lambda shape: op_column(  # noqa: E731
+        op, work["column"], shape, work["dtype"], work["backend"]
+    )
+    column = build(work["shape"])
+    (column if work["column"] == "compile" else build(op.small)).run()
+    return peak_figures(column, gradient_bytes(op, work["shape"], work["dtype"]))
+
+
+def train_peak(work: dict) -> dict[str, float]:
+    """Peak of one column of the training step."""
+    from benchmarks.train_step import TrainBench
+
+    bench = TrainBench.from_name(work["preset"], work["dtype"], work["backend"], work["quick"])
+    bench.allocate_optimizer_state()
+    column = bench.column(work["column"])
+    if work["column"] == "compile":
+        column.run()
+    else:
+        bench.tiny(work["column"]).run()
+    bench.drop_gradients()
+    return peak_figures(column, bench.parameter_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+"""What the command line decides for a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that hold for every case of a run."""
+
+    dtype: str = "fp32"
+    backend: str = "auto"
+    rounds: int = 20
+    quick: bool = False
+    compile: bool = True
+    memory: bool = True
+
+    def work(self) -> dict[str, object]:
+        """What a process that measures memory must know."""
+        return {
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "quick": self.quick,
+            "threads": torch.get_num_threads(),
+        }

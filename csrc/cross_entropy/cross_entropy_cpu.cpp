@@ -1,0 +1,106 @@
+// Linear head and cross-entropy, chunk of rows by chunk of rows (Hsu et al. 2024, arXiv 2410.10989, section 3).
+//
+// For a chunk: logits = x W^T into a workspace; row by row softmax, loss, and the logits' own gradient in their place while
+// the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three products and
+// no recomputation; the logits of one chunk are all that is held.
+// A chunk trades memory against passes over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows,
+// at which those passes cost about 5 % of the products.
+#include "cross_entropy/cross_entropy_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/math.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+
+namespace gptkernels {
+namespace {
+
+constexpr int64_t CHUNK_LOGITS = 256 * 50304;
+
+// Loss of a row of logits; with a scale, the row becomes scale (softmax - onehot(target)).
+float softmax_row(float* row, int64_t V, int64_t target, const float* scale) {
+    float target_logit = row[target];
+    vf largest = all(-INFINITY);
+    for (int64_t v = 0; v < V; v += W) {
+        vf x = load(row + v, V - v);
+        if (V - v < W)
+            for (int64_t i = V - v; i < W; ++i) x[i] = row[v];
+        largest = vmax(largest, x);
+    }
+    float m = max(largest);
+    vf acc{};
+    for (int64_t v = 0; v < V; v += W) {
+        vf e = exp(load(row + v, V - v) - m);
+        if (scale) store(row + v, e, V - v);
+        if (V - v < W)
+            for (int64_t i = V - v; i < W; ++i) e[i] = 0.0f;
+        acc += e;
+    }
+    float total = sum(acc);
+    if (scale) {
+        float factor = *scale / total;
+        for (int64_t v = 0; v < V; v += W) store(row + v, load(row + v, V - v) * factor, V - v);
+        row[target] -= *scale;
+    }
+    return std::log(total) + m - target_logit;
+}
+
+Factor rows_from(const Factor& f, int64_t row) {
+    Factor g = f;
+    g.data = static_cast<const char*>(f.data) + row * f.ld * (f.is_bf16 ? 2 : 4);
+    return g;
+}
+
+Output rows_from(const Output& f, int64_t row) {
+    Output g = f;
+    g.data = static_cast<char*>(f.data) + row * f.ld * (f.is_bf16 ? 2 : 4);
+    return g;
+}
+
+}  // namespace
+
+int64_t first_bad_target(const CrossEntropy& p) {
+    for (int64_t n = 0; n < p.N; ++n)
+        if (p.targets[n] != p.ignore_index && (p.targets[n] < 0 || p.targets[n] >= p.V)) return n;
+    return -1;
+}
+
+float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* gradients) {
+    int64_t used = p.N - std::count(p.targets, p.targets + p.N, p.ignore_index);
+    float scale = p.mean ? 1.0f / (float)used : 1.0f;
+    int64_t chunks = (p.N * p.V + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
+    int64_t rows = chunks ? (p.N + chunks - 1) / chunks : 0;
+    int64_t ld = (p.V + W - 1) / W * W;
+    float* logits = workspace_of<float>(Slot::OPERATOR, rows * ld);
+    std::vector<float> losses(p.N, 0.0f);
+    if (gradients && p.N == 0) std::fill(gradients->dweight_sums, gradients->dweight_sums + p.V * p.C, 0.0f);
+
+    for (int64_t begin = 0; begin < p.N; begin += rows) {
+        int64_t n = std::min(rows, p.N - begin);
+        gemm(n, p.V, p.C, rows_from(p.x, begin), p.weight, p.bf16_product, Output{logits, ld, false});
+        parallel_ranges(n, 1, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; ++i) {
+                int64_t target = p.targets[begin + i];
+                float* row = logits + i * ld;
+                if (target != p.ignore_index) losses[begin + i] = softmax_row(row, p.V, target, gradients ? &scale : nullptr);
+                else if (gradients) std::fill(row, row + p.V, 0.0f);
+            }
+        });
+        if (!gradients) continue;
+        Factor weight_over_rows{p.weight.data, p.weight.ld, p.weight.is_bf16, false};
+        Factor x_over_rows = rows_from(p.x, begin);
+        x_over_rows.k_contiguous = false;
+        gemm(n, p.C, p.V, Factor{logits, ld, false, true}, weight_over_rows, p.bf16_product, rows_from(gradients->dx, begin));
+        Output dweight{gradients->dweight_sums, p.C, false};
+        dweight.add = begin > 0;
+        gemm(p.V, p.C, n, Factor{logits, ld, false, false}, x_over_rows, p.bf16_product, dweight);
+    }
+    double total = 0;
+    for (float loss : losses) total += loss;
+    return (float)(p.mean ? total / (double)used : total);
+}
+
+}  // namespace gptkernels

@@ -1,0 +1,171 @@
+// LayerNorm with an optional residual addition before it (Ba, Kiros and Hinton 2016, arXiv 1607.06450).
+//
+// A row is read from memory once and kept in fp32 in the L1 cache; mean, then variance of the centred row (never
+// E[x^2] - E[x]^2), then the result. Bytes: x, residual in, y, total out; nothing else is touched, so memory binds.
+// Backward: one pass a row for both of its sums, one for dx; the rows of a chunk add their dweight and dbias into one fp32
+// row, and the chunks' rows are added in order. Chunks depend on N alone: the same bits on any number of threads.
+#include "layer_norm/layer_norm_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/columns.h"
+#include "common/parallel.h"
+#include "common/vec.h"
+#include "common/workspace.h"
+
+namespace gptkernels {
+namespace {
+
+// Call f with the numbers as a typed pointer.
+template <class F>
+void with_type(const Numbers& x, const F& f) {
+    x.is_bf16 ? f(static_cast<const bf16*>(x.data)) : f(static_cast<const float*>(x.data));
+}
+template <class F>
+void with_type(const MutableNumbers& x, const F& f) {
+    x.is_bf16 ? f(static_cast<bf16*>(x.data)) : f(static_cast<float*>(x.data));
+}
+
+// A vector in fp32, `missing` where there is none.
+void to_fp32(const Numbers& vector, float missing, int64_t C, float* out) {
+    if (!vector.data) return (void)std::fill(out, out + C, missing);
+    with_type(vector, [&](auto* p) { std::transform(p, p + C, out, [](auto x) { return to_float(x); }); });
+}
+
+template <class TX, class TR, class TY>
+struct Forward {
+    // The sum's dtype: fp32 if either is.
+    using TS = std::conditional_t<sizeof(TX) == 4, TX, TR>;
+
+    // row = x (+ residual, rounded as it is stored); returns its mean.
+    static float read_row(const TX* x, const TR* residual, TS* total, int64_t C, float* row) {
+        vf acc{};
+        for (int64_t c = 0; c < C; c += W) {
+            vf s = load(x + c, C - c);
+            if (residual) {
+                s += load(residual + c, C - c);
+                store(total + c, s, C - c);
+                if constexpr (sizeof(TS) == 2) s = widen(narrow(s));
+            }
+            store(row + c, s);
+            acc += s;
+        }
+        return sum(acc) / (float)C;
+    }
+
+    // row -= mean; returns 1 / sqrt(variance + eps).
+    static float centre_row(float* row, float mean, float eps, int64_t C) {
+        vf acc{};
+        for (int64_t c = 0; c < C; c += W) {
+            vf centred = load(row + c) - mean;
+            store(row + c, centred);
+            if (C - c < W) centred = load(row + c, C - c);  // padding must not leak into the variance
+            acc += centred * centred;
+        }
+        return 1.0f / std::sqrt(sum(acc) / (float)C + eps);
+    }
+
+    static void run(const LayerNormForward& p, const float* weight, const float* bias, int64_t padded) {
+        int64_t C = p.C;
+        parallel_ranges(p.N, 8, [&](int64_t begin, int64_t end) {
+            float* row = workspace_of<float>(Slot::OPERATOR_THREAD, padded);
+            for (int64_t n = begin; n < end; ++n) {
+                const TR* residual = p.residual.data ? static_cast<const TR*>(p.residual.data) + n * C : nullptr;
+                float mean =
+                    read_row(static_cast<const TX*>(p.x.data) + n * C, residual, static_cast<TS*>(p.total.data) + n * C, C, row);
+                float rstd = centre_row(row, mean, p.eps, C);
+                TY* y = static_cast<TY*>(p.y.data) + n * C;
+                for (int64_t c = 0; c < C; c += W)
+                    store(y + c, load(row + c) * rstd * load(weight + c) + load(bias + c), C - c);
+                p.mean[n] = mean;
+                p.rstd[n] = rstd;
+            }
+        });
+    }
+};
+
+template <class TDY, class TX>
+struct Backward {
+    const LayerNormBackward& p;
+    const float* weight;
+
+    // Sums over the row of wdy and wdy * xhat; adds dy * xhat and dy to the chunk's rows.
+    void sums(const TDY* dy, const TX* x, float mean, float rstd, float* dweight, float* dbias, float* sum_wdy,
+              float* sum_wdy_xhat) const {
+        vf a{}, b{};
+        for (int64_t c = 0; c < p.C; c += W) {
+            int64_t n = p.C - c;
+            vf d = load(dy + c, n), xhat = (load(x + c, n) - mean) * rstd;
+            vf wdy = d * load(weight + c);
+            a += wdy;
+            b += wdy * xhat;
+            store(dweight + c, load(dweight + c) + d * xhat);
+            store(dbias + c, load(dbias + c) + d);
+        }
+        *sum_wdy = sum(a);
+        *sum_wdy_xhat = sum(b);
+    }
+
+    void row(int64_t n, float* dweight, float* dbias) const {
+        const TDY* dy = static_cast<const TDY*>(p.dy.data) + n * p.C;
+        const TX* x = static_cast<const TX*>(p.x.data) + n * p.C;
+        const TX* dtotal = p.dtotal.data ? static_cast<const TX*>(p.dtotal.data) + n * p.C : nullptr;
+        TX* dx = static_cast<TX*>(p.dx.data) + n * p.C;
+        float mean = p.mean[n], rstd = p.rstd[n], sum_wdy, sum_wdy_xhat;
+        sums(dy, x, mean, rstd, dweight, dbias, &sum_wdy, &sum_wdy_xhat);
+        float a = sum_wdy / (float)p.C, b = sum_wdy_xhat / (float)p.C;
+        for (int64_t c = 0; c < p.C; c += W) {
+            int64_t m = p.C - c;
+            vf xhat = (load(x + c, m) - mean) * rstd;
+            vf d = rstd * (load(dy + c, m) * load(weight + c) - a - xhat * b);
+            if (dtotal) d += load(dtotal + c, m);
+            store(dx + c, d, m);
+        }
+    }
+};
+
+int64_t padded_width(int64_t C) { return (C + W - 1) / W * W; }
+
+}  // namespace
+
+void layer_norm_forward_cpu(const LayerNormForward& p) {
+    int64_t padded = padded_width(p.C);
+    float* weight = workspace_of<float>(Slot::OPERATOR, 2 * padded);
+    float* bias = weight + padded;
+    to_fp32(p.weight, 1.0f, p.C, weight);
+    to_fp32(p.bias, 0.0f, p.C, bias);
+    with_type(p.x, [&](auto* x) {
+        with_type(p.residual, [&](auto* r) {
+            with_type(p.y, [&](auto* y) {
+                using TX = std::remove_cvref_t<decltype(*x)>;
+                using TR = std::remove_cvref_t<decltype(*r)>;
+                using TY = std::remove_cvref_t<decltype(*y)>;
+                Forward<TX, TR, TY>::run(p, weight, bias, padded);
+            });
+        });
+    });
+}
+
+void layer_norm_backward_cpu(const LayerNormBackward& p) {
+    // At most 64 chunks: their rows stay small beside x, and few rows a chunk keep the threads even.
+    int64_t rows = std::max<int64_t>(16, (p.N + 63) / 64), chunks = (p.N + rows - 1) / rows, padded = padded_width(p.C);
+    float* weight = workspace_of<float>(Slot::OPERATOR, (1 + 2 * chunks) * padded);
+    float *dweight = weight + padded, *dbias = dweight + chunks * padded;
+    to_fp32(p.weight, 1.0f, p.C, weight);
+    with_type(p.dy, [&](auto* dy) {
+        with_type(p.x, [&](auto* x) {
+            Backward<std::remove_cvref_t<decltype(*dy)>, std::remove_cvref_t<decltype(*x)>> backward{p, weight};
+            parallel_for(chunks, [&](int64_t chunk) {
+                float *dw = dweight + chunk * padded, *db = dbias + chunk * padded;
+                std::fill(dw, dw + padded, 0.0f);
+                std::fill(db, db + padded, 0.0f);
+                for (int64_t n = chunk * rows; n < std::min(p.N, (chunk + 1) * rows); ++n) backward.row(n, dw, db);
+            });
+        });
+    });
+    if (p.dweight.data) with_type(p.dweight, [&](auto* out) { column_sums(dweight, chunks, p.C, padded, out); });
+    if (p.dbias.data) with_type(p.dbias, [&](auto* out) { column_sums(dbias, chunks, p.C, padded, out); });
+}
+
+}  // namespace gptkernels

@@ -1,0 +1,142 @@
+"""Which backends exist, which work here and why the others do not, and what "auto" takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import gptkernels.library  # noqa: F401  the native library adds implementations to the schemas defined there
+
+BACKENDS = ("reference", "triton", "cuda", "cpu")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# From the plainest to the fastest; a build of one runs on every CPU that has it.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+FOLDER = Path(__file__).parent
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this CPU and this torch run, plainest first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    isas = ["baseline"]
+    if capability in ("AVX2", "AVX512"):
+        isas.append("avx2")
+    if capability == "AVX512":
+        isas.append("avx512")
+        # The public function came after torch 2.10; before it there was this private one.
+        private = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        public = getattr(torch.cpu, "get_capabilities", dict)()
+        if public.get("avx512_bf16", False) or private():
+            isas.append("avx512_bf16")
+    return tuple(isas)
+
+
+def load_cpu_library() -> tuple[str | None, str]:
+    """Load the one library that suits this CPU: (its instruction set or None, an explanation)."""
+    supported, forced = supported_isas(), os.environ.get("GPTKERNELS_CPU_ISA")
+    if forced and forced not in supported:
+        raise RuntimeError(
+            f"GPTKERNELS_CPU_ISA must be one of {', '.join(supported)} on this CPU, got {forced!r}: unset it to choose by itself"
+        )
+    candidates = [forced] if forced else list(reversed(supported))
+    reasons = []
+    for isa in candidates:
+        path = FOLDER / f"_cpu_{isa}.so"
+        if not path.exists():
+            reasons.append(f"{path.name} is not built")
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            reasons.append(f"{path.name} does not load: {error}")
+            continue
+        return isa, f"{path.name} loaded" + (f" ({'; '.join(reasons)})" if reasons else "")
+    return (
+        None,
+        f"{'; '.join(reasons)}: run `pip install -e .` with a C++20 compiler; `gptkernels doctor` shows its messages",
+    )
+
+
+_cpu_isa, _cpu_explanation = load_cpu_library()
+_printed: set[str] = set()
+
+
+def cpu_library() -> tuple[str | None, str]:
+    """(instruction set of the loaded native CPU library or None, an explanation)."""
+    return _cpu_isa, _cpu_explanation
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend with None where it works here, else the reason why not and the remedy."""
+    unwritten = "has no kernels in this version: use backend='cpu' or 'reference'"
+    return {
+        "reference": None,
+        "triton": f"triton {unwritten}",
+        "cuda": f"cuda {unwritten}",
+        "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
+    }
+
+
+def resolve(backend: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs an operator on x, computing in dtype (x's own if not given).
+
+    An explicit backend is honoured or raises; "auto" takes the fastest one that can, and says so once when that is
+    only the reference. Raises ValueError (unknown name, wrong device), TypeError (dtype), RuntimeError (not available).
+    """
+    dtype = dtype or x.dtype
+    if backend == "reference":
+        return backend
+    if backend not in ("auto", "cpu"):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise RuntimeError(f"backend={backend!r} cannot run here: {available_backends()[backend]}")
+    if _cpu_isa is not None and x.device.type == "cpu" and dtype in NATIVE_DTYPES:
+        return "cpu"
+    if backend == "cpu":
+        raise_unavailable(x, dtype)
+    say_fallback(x, dtype)
+    return "reference"
+
+
+def raise_unavailable(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise what keeps an explicit backend="cpu" from running."""
+    if _cpu_isa is None:
+        raise RuntimeError(f"backend='cpu' cannot run here: {available_backends()['cpu']}")
+    if x.device.type != "cpu":
+        raise ValueError(f"backend='cpu' needs tensors on the cpu, got {x.device}: move them, or use backend='auto'")
+    raise TypeError(f"backend='cpu' computes in float32 or bfloat16, got {dtype}: convert, or use backend='reference'")
+
+
+def say_fallback(x: Tensor, dtype: torch.dtype) -> None:
+    """Print, once for each reason, that "auto" found nothing faster than plain PyTorch."""
+    if torch.compiler.is_compiling():
+        return
+    if x.device.type != "cpu":
+        reason = f"no kernels for {x.device.type} tensors"
+    elif _cpu_isa is None:
+        reason = _cpu_explanation
+    else:
+        reason = f"no kernels for {dtype}"
+    if reason not in _printed:
+        _printed.add(reason)
+        print(f"gptkernels: backend auto takes the reference (plain PyTorch): {reason}", file=sys.stderr)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product on x is computed in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def check_backward() -> None:
+    """Raise in a backward that is itself being recorded: the native gradients have no gradients of their own."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gradients of gradients need backend='reference': the native kernels have no second derivative "
+            "(backward was called with create_graph=True)"
+        )

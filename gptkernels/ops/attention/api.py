@@ -1,0 +1,169 @@
+"""causal_attention: the operator in its two forms, their checks and their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.ops.attention import native, reference
+
+# The widest head whose tiles the cpu kernels keep in the caches.
+MAX_HEAD_DIM = 256
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention in which no token sees a later one.
+
+        out_i = sum over j <= i + S - T of dropout(softmax_j(scale q_i . k_j)) v_j
+
+    Args:
+        q: (B, H, T, D), float32 or bfloat16 (any floating dtype with backend="reference").
+        k, v: (B, H, S, D) in q's dtype. With S > T the queries are the last T tokens (bottom-right alignment); with
+            S < T the first T - S queries see no key and give 0. Any strides; a last dimension that is not contiguous is copied.
+        scale: factor of the scores, 1/sqrt(D) if None.
+        dropout_p: probability of dropping a weight, in [0, 1); kept ones are scaled by 1/(1 - dropout_p).
+        seed: key of the dropout mask, an int or a 0-d int64 tensor, needed when dropout_p > 0. Every backend draws the
+            same mask: Philox4x32-10 on the absolute (batch, head, row, column).
+        backend: "auto", "reference" or "cpu" (D <= 256).
+    Returns:
+        (B, H, T, D) in q's dtype (autocast's under autocast), token-major in memory: out.transpose(1, 2) is contiguous.
+    Raises:
+        ValueError: shapes, devices, dropout_p or seed. TypeError: dtypes. RuntimeError: the backend cannot run here.
+    Numerics: scores, softmax and sums in fp32. Saved for the backward: the inputs, out, and two fp32 numbers a row. The
+        gradients do not depend on the number of threads.
+    Source: Vaswani et al. 2017, arXiv 1706.03762; tiling of Dao et al. 2022, arXiv 2205.14135, and 2023, arXiv 2307.08691.
+    """
+    check(q, k, v)
+    dtype = autocast_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, q.device)
+    if choose(backend, q) == "reference":
+        return reference.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=key)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return CausalAttention.apply(q, k, v, scale, dropout_p, key)
+    return native.forward(q, k, v, scale, dropout_p, key)[0]
+
+
+def causal_attention_packed(
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """causal_attention on the packed projection, read and differentiated where it lies: no transpose, no split, no copy.
+
+    Args:
+        qkv: (B, T, 3, H, D): queries, keys and values of each token; the projection's output (B, T, 3 C) viewed so.
+        scale, dropout_p, seed, backend: as in causal_attention.
+    Returns:
+        (B, T, H, D), contiguous: its view (B, T, C) is the next projection's input. The gradient has qkv's layout.
+    Raises, numerics and source: as in causal_attention.
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[4] == 0:
+        raise ValueError(f"qkv must be (B, T, 3, H, D) with D >= 1, got {tuple(qkv.shape)}: view the projection so")
+    if not qkv.is_floating_point():
+        raise TypeError(f"qkv must be floating point, got {qkv.dtype}: convert it")
+    qkv = qkv.to(autocast_dtype(qkv))
+    scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
+    key = seed_tensor(dropout_p, seed, qkv.device)
+    if choose(backend, qkv) == "reference":
+        return reference.causal_attention_packed(qkv, scale=scale, dropout_p=dropout_p, seed=key)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return CausalAttentionPacked.apply(qkv, scale, dropout_p, key)
+    return native.packed_forward(qkv, scale, dropout_p, key)[0]
+
+
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless shapes, dtypes and devices fit together."""
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[3] == 0:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"q must be (B, H, T, D) and k, v (B, H, S, D) with D >= 1, got {shapes}")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}: convert them"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}: move them")
+
+
+def choose(backend: str, x: Tensor) -> str:
+    """The backend for x's dtype, device and head dim."""
+    if x.shape[-1] > MAX_HEAD_DIM:
+        if backend == "cpu":
+            raise ValueError(
+                f"backend='cpu' takes a head dim up to {MAX_HEAD_DIM}, got {x.shape[-1]}: use more heads or backend='reference'"
+            )
+        return "reference" if backend == "auto" else resolve(backend, x)
+    return resolve(backend, x)
+
+
+def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The mask's key as a 0-d int64 tensor, None without dropout."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs seed=, an int or a 0-d int64 tensor: pass one for this step")
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"seed must be a 0-d int64 tensor on {device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits (from -2^63 to 2^63 - 1), got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+class CausalAttention(torch.autograd.Function):
+    """causal_attention with the native backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        out, stats = native.forward(q, k, v, scale, dropout_p, seed)
+        ctx.save_for_backward(q, k, v, out, stats, seed)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        *tensors, seed = ctx.saved_tensors
+        return *native.backward(dout, *tensors, ctx.scale, ctx.dropout_p, seed), None, None, None
+
+
+class CausalAttentionPacked(torch.autograd.Function):
+    """causal_attention_packed with the native backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+        out, stats = native.packed_forward(qkv, scale, dropout_p, seed)
+        ctx.save_for_backward(qkv, out, stats, seed)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        *tensors, seed = ctx.saved_tensors
+        return native.packed_backward(dout, *tensors, ctx.scale, ctx.dropout_p, seed), None, None, None

@@ -1,0 +1,110 @@
+"""linear_cross_entropy: the operator, its checks and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.ops.cross_entropy import native, reference
+from gptkernels.ops.linear.api import check_weight
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of a linear head, without ever holding the logits of the whole batch.
+
+        loss = mean over the rows n with targets_n != ignore_index of logsumexp_v(x_n . w_v) - x_n . w_(targets_n)
+
+    Args:
+        x: (N, C), float32 or bfloat16 (any floating dtype with backend="reference").
+        weight: (V, C) in x's dtype or float32 (rounded on its way into the product when x is bfloat16; its gradient is
+            then float32).
+        targets: (N,) int64, each in [0, vocab_size) or ignore_index.
+        ignore_index: the target of rows that do not count.
+        reduction: "mean" or "sum".
+        vocab_size: rows of weight that are words; the rest is padding, takes no part and gets a zero gradient. None: all.
+        backend: "auto", "reference" or "cpu".
+    Returns:
+        0-d float32 (float64 for float64 inputs); "mean" over no row at all is NaN, as in PyTorch.
+    Raises:
+        ValueError: shapes, devices, reduction or vocab_size. TypeError: dtypes. RuntimeError: a target out of range, or
+        the backend cannot run here.
+    Numerics: logits are accumulated, kept and exponentiated in fp32 (eager bfloat16 rounds them). The native forward
+        makes the gradients too when they are wanted: chunk by chunk, three products in all. Peak memory beyond the
+        gradients is one chunk of logits, 256 rows.
+    Source: the chunking of Hsu et al. 2024, arXiv 2410.10989 (Liger Kernel), section 3.
+    """
+    V = check(x, weight, targets, reduction, vocab_size)
+    x = x.to(autocast_dtype(x))
+    if resolve(backend, x) == "reference":
+        return reference.linear_cross_entropy(
+            x, weight, targets, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size
+        )
+    arguments = (x, weight, targets, ignore_index, reduction == "mean", V)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return LinearCrossEntropy.apply(*arguments)
+    return native.forward(*arguments)
+
+
+def check(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, vocab_size: int | None) -> int:
+    """Raise unless shapes, dtypes and devices fit together; returns how many rows of weight are words."""
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and targets.shape == x.shape[:1]
+    if not fits:
+        shapes = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"x must be (N, C), weight (V, C) and targets (N,), got {shapes}: flatten batch and tokens")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}: convert them")
+    check_weight("weight", weight, x)
+    if targets.device != x.device:
+        raise ValueError(f"targets must be on x's device {x.device}, got {targets.device}: move one of them")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    V = weight.shape[0] if vocab_size is None else vocab_size
+    if not 1 <= V <= weight.shape[0]:
+        raise ValueError(f"vocab_size must be from 1 to weight's {weight.shape[0]} rows, got {V}")
+    return V
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy whose forward makes the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
+    ) -> Tensor:
+        loss, dx, dweight = native.gradients(x, weight, targets, ignore_index, mean, vocab_size)
+        ctx.settings = (ignore_index, mean, vocab_size)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(dx, dweight)
+        else:
+            # Kept outside the saved tensors, so that the first backward can give them away without a copy.
+            ctx.save_for_backward(x, weight, targets)
+            ctx.gradients = (dx, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        if torch.compiler.is_compiling():
+            dx, dweight = ctx.saved_tensors
+            return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
+        if ctx.gradients is None:  # a second backward through a retained graph
+            _, dx, dweight = native.gradients(*ctx.saved_tensors, *ctx.settings)
+        else:
+            dx, dweight = ctx.gradients
+            ctx.gradients = None
+        if dloss.item() != 1.0:
+            dx.mul_(dloss)
+            dweight.mul_(dloss)
+        return dx, dweight, None, None, None, None

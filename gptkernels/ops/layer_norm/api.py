@@ -1,0 +1,140 @@
+"""layer_norm: the operator, its checks and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.ops.layer_norm import native, reference
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension, after a residual addition if there is one, in a single pass.
+
+        s = x + residual;   y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias      (var is the biased one)
+
+    Args:
+        x: (..., C), float32 or bfloat16 (any floating dtype with backend="reference").
+        weight, bias: (C,) each, or None for 1 and 0; float32 or x's dtype, and the same dtype when both are given.
+        eps: added to the variance, positive.
+        residual: like x (its dtype may differ: a float32 stream beside a bfloat16 branch), or None.
+        backend: "auto", "reference" or "cpu".
+    Returns:
+        y in x's dtype (autocast's under autocast); with a residual (y, s), s in the wider dtype of x and residual.
+    Raises:
+        ValueError: shapes, devices or eps. TypeError: dtypes. RuntimeError: the backend cannot run here.
+    Numerics: mean and variance in fp32, two passes over the row (never E[s^2] - E[s]^2); dweight and dbias are summed in
+        an order that depends on the shape alone. Inputs that are not contiguous are copied first.
+    Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
+    """
+    check(x, weight, bias, eps, residual)
+    dtype = autocast_dtype(x)
+    widest = x if residual is None else residual
+    if resolve(backend, x) == "reference" or resolve(backend, widest, dtype) == "reference":
+        result = reference.layer_norm(x, weight, bias, eps, residual=residual)
+        return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
+    tensors = (x, residual, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return LayerNorm.apply(*tensors, eps, dtype) if residual is None else AddLayerNorm.apply(*tensors, eps, dtype)
+    y, total, _, _ = native.forward(*tensors, eps, dtype)
+    return y if residual is None else (y, total)
+
+
+def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
+    """Raise unless shapes, dtypes and devices fit together."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: convert it")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., C) with C >= 1, got {tuple(x.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}: move one of them")
+        if vector.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{name} must be in x's dtype {x.dtype} or float32, got {vector.dtype}: convert it")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(
+            f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}: convert one of them"
+        )
+    if residual is not None:
+        if residual.shape != x.shape or residual.device != x.device:
+            raise ValueError(
+                f"residual must have x's shape and device, got {tuple(residual.shape)} on {residual.device} "
+                f"for {tuple(x.shape)} on {x.device}"
+            )
+        if not residual.is_floating_point():
+            raise TypeError(f"residual must be floating point, got {residual.dtype}: convert it")
+
+
+class LayerNorm(torch.autograd.Function):
+    """layer_norm without a residual, with the native backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, _: None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        y, total, mean, rstd = native.forward(x, None, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        total, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = native.backward(dy, None, total, weight, ctx.has_bias, mean, rstd)
+        return dx, None, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    """layer_norm of x + residual, with the native backward: one pass makes the gradient of both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        # The last block's sum is often not used: its gradient is then None, not a tensor of zeros to be read.
+        ctx.set_materialize_grads(False)
+        y, total, mean, rstd = native.forward(x, residual, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, residual.dtype, dtype)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_backward()
+        total, weight, mean, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype, y_dtype = ctx.dtypes
+        if dy is None:
+            dy = torch.zeros_like(total, dtype=y_dtype)
+        dsum, dweight, dbias = native.backward(dy, dtotal, total, weight, ctx.has_bias, mean, rstd)
+        return (
+            dsum.to(x_dtype),
+            dsum.to(residual_dtype),
+            None if weight is None else dweight,
+            dbias if ctx.has_bias else None,
+            None,
+            None,
+        )

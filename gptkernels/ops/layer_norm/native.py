@@ -1,0 +1,31 @@
+"""forward() and backward() of the C++ implementation; PyTorch picks it by the tensors' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y in dtype, the sum (x itself without a residual), mean and rstd (fp32)."""
+    x = x.contiguous()
+    if residual is None:
+        y, mean, rstd = torch.ops.gptkernels.layer_norm_forward(x, weight, bias, eps, dtype)
+        return y, x, mean, rstd
+    return torch.ops.gptkernels.add_layer_norm_forward(x, residual.contiguous(), weight, bias, eps, dtype)
+
+
+def backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    has_bias: bool,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the sum (dtotal, if any, included), dweight and dbias (empty where there is none)."""
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    return torch.ops.gptkernels.layer_norm_backward(dy.contiguous(), dtotal, total, weight, has_bias, mean, rstd)

@@ -1,0 +1,89 @@
+"""linear: the operator, its checks and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.ops.linear import native, reference
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Affine map of the last dimension.
+
+        y = x W^T + b
+
+    Args:
+        x: (..., C_in), float32 or bfloat16 (any floating dtype with backend="reference").
+        weight: (C_out, C_in), nn.Linear's layout, in x's dtype or float32; a float32 weight beside a bfloat16 x is
+            rounded on its way into the product, and its gradient is float32 (so autocast needs no copy of it).
+        bias: (C_out,) in weight's dtype, or None.
+        backend: "auto", "reference" or "cpu".
+    Returns:
+        (..., C_out) in x's dtype; in autocast's dtype under autocast.
+    Raises:
+        ValueError: shapes or devices that do not fit. TypeError: dtypes. RuntimeError: the backend cannot run here.
+    Numerics: products are accumulated in fp32; in bfloat16 both factors are bfloat16 and y is rounded once. The result
+        does not depend on the number of threads. Inputs that are not contiguous are copied first.
+    """
+    check(x, weight, bias)
+    dtype = autocast_dtype(x)
+    x = x.to(dtype)
+    if resolve(backend, x) == "reference":
+        return reference.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Linear.apply(x, weight, bias)
+    return native.forward(x, weight, bias)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless shapes, dtypes and devices fit together."""
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be (..., C_in) and weight (C_out, C_in), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    check_weight("weight", weight, x)
+    if bias is not None:
+        check_bias("bias", bias, weight, weight.shape[0])
+
+
+def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
+    """Raise unless a weight's dtype and device go with x."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: convert it")
+    if weight.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must be in x's dtype {x.dtype} or float32, got {weight.dtype}: convert one of them")
+    if weight.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {weight.device}: move one of them")
+
+
+def check_bias(name: str, bias: Tensor, weight: Tensor, size: int) -> None:
+    """Raise unless a bias is a vector of the size, like its weight."""
+    if tuple(bias.shape) != (size,):
+        raise ValueError(f"{name} must be ({size},), got {tuple(bias.shape)}")
+    if bias.dtype != weight.dtype or bias.device != weight.device:
+        raise TypeError(
+            f"{name} must have its weight's dtype and device ({weight.dtype}, {weight.device}), got {bias.dtype}, {bias.device}"
+        )
+
+
+class Linear(torch.autograd.Function):
+    """linear with the native backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return native.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias = native.backward(dy, x, weight, ctx.has_bias)
+        return dx, dweight, dbias if ctx.has_bias else None

@@ -1,0 +1,91 @@
+"""gelu_mlp: the operator, its checks and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.ops.linear.api import check_bias, check_weight
+from gptkernels.ops.mlp import native, reference
+
+
+def gelu_mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    approximate: str = "tanh",
+    backend: str = "auto",
+) -> Tensor:
+    """The transformer's two-layer perceptron.
+
+        h = x W_fc^T + b_fc;   y = gelu(h) W_proj^T + b_proj
+        gelu(h) = h/2 (1 + erf(h/sqrt 2)), or by the tanh formula h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3)))
+
+    Args:
+        x: (..., C), float32 or bfloat16 (any floating dtype with backend="reference").
+        w_fc: (F, C) and w_proj: (C, F), nn.Linear's layout, in x's dtype or float32 (rounded on the way into the
+            product when x is bfloat16; their gradients are then float32).
+        b_fc: (F,) and b_proj: (C,) in their weight's dtype, or None.
+        approximate: "tanh" (GPT-2's weights need it) or "none" (erf).
+        backend: "auto", "reference" or "cpu".
+    Returns:
+        (..., C) in x's dtype; in autocast's dtype under autocast.
+    Raises:
+        ValueError: shapes, devices or approximate. TypeError: dtypes. RuntimeError: the backend cannot run here.
+    Numerics: products are accumulated in fp32 and GELU is applied to the fp32 sum, where eager bfloat16 rounds before it.
+        Saved for the backward: x and h; gelu(h) is recomputed there. Results do not depend on the number of threads.
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    check(x, w_fc, b_fc, w_proj, b_proj, approximate)
+    x = x.to(autocast_dtype(x))
+    if resolve(backend, x) == "reference":
+        return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)
+    tensors = (x, w_fc, b_fc, w_proj, b_proj)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return GeluMlp.apply(*tensors, approximate == "tanh")
+    return native.forward(*tensors, approximate == "tanh")[0]
+
+
+def check(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, approximate: str
+) -> None:
+    """Raise unless shapes, dtypes and devices fit together."""
+    fits = x.dim() > 0 and w_fc.dim() == 2 and x.shape[-1] == w_fc.shape[1] and w_proj.shape == w_fc.shape[::-1]
+    if not fits:
+        shapes = f"{tuple(x.shape)}, {tuple(w_fc.shape)} and {tuple(w_proj.shape)}"
+        raise ValueError(f"x must be (..., C), w_fc (F, C) and w_proj (C, F), got {shapes}")
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
+    check_weight("w_fc", w_fc, x)
+    check_weight("w_proj", w_proj, x)
+    if b_fc is not None:
+        check_bias("b_fc", b_fc, w_fc, w_fc.shape[0])
+    if b_proj is not None:
+        check_bias("b_proj", b_proj, w_proj, w_proj.shape[0])
+
+
+class GeluMlp(torch.autograd.Function):
+    """gelu_mlp with the native backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool
+    ) -> Tensor:
+        y, h = native.forward(x, w_fc, b_fc, w_proj, b_proj, tanh)
+        ctx.save_for_backward(x, h, w_fc, w_proj)
+        ctx.has_b_fc, ctx.has_b_proj, ctx.tanh = b_fc is not None, b_proj is not None, tanh
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        check_backward()
+        dx, dw_fc, db_fc, dw_proj, db_proj = native.backward(
+            dy, *ctx.saved_tensors, ctx.has_b_fc, ctx.has_b_proj, ctx.tanh
+        )
+        return dx, dw_fc, db_fc if ctx.has_b_fc else None, dw_proj, db_proj if ctx.has_b_proj else None, None

@@ -1,0 +1,1 @@
+"""A GPT twice, as a textbook page and on gptkernels, with the program that trains, samples and compares them."""

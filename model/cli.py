@@ -1,0 +1,245 @@
+"""The command line: `gptkernels train | sample | data | check | bench | doctor | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from model.config import describe, parse_override, preset_names, resolve
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+OVERVIEW = """\
+examples:
+  gptkernels demo                                          all of it in a few minutes
+  gptkernels train shakespeare-cpu                         a preset
+  gptkernels train shakespeare-cpu pos=sinusoidal lr=5e-4  a preset, changed
+  gptkernels train tiny data=my.txt --print-config         what would be used, and where each value is from
+  gptkernels train --resume runs/NAME                      go on with a run
+  gptkernels sample runs/NAME "ROMEO:" --top-p 0.9
+  gptkernels check --help, gptkernels bench --help         fast model against reference: right? and fast?
+"""
+
+TRAIN_HELP = """\
+Settings are key=value, after a preset and over it; --print-config lists every key with its meaning. Among them:
+  data=shakespeare | shakespeare:PATH_OR_URL | python | FILE | FOLDER     model=fast | reference
+  pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16    backend=auto | cpu | reference
+The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, loss.svg, samples.txt, last.pt and best.pt.
+Ctrl-C saves and says how to resume.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> Parser:
+    """The parser of every command but check and bench, which read their own arguments."""
+    parser = Parser(
+        prog="gptkernels",
+        description="A GPT on own fused kernels: train it, sample from it, compare it with plain PyTorch.",
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int], words: str, epilog: str = "") -> Parser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f"gptkernels {name} {words} [options]".replace("  ", " "),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # One list, so that options may stand anywhere between the words: see main.
+        sub.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        sub.set_defaults(run=run)
+        return sub
+
+    presets = ", ".join(preset_names())
+    words = "[PRESET] [key=value ...]"
+    text = f"train a model (presets: {presets}, or a .toml file), or go on with a run"
+    sub = command("train", text, train_command, words, TRAIN_HELP)
+    sub.add_argument("--resume", metavar="RUN", default="", help="a run folder: go on from its last checkpoint")
+    sub.add_argument("--print-config", action="store_true", help="show every setting and its origin, train nothing")
+    sub.add_argument("--quiet", action="store_true", help="print nothing while training")
+
+    text = "write text with a trained model: RUN is a run folder or a checkpoint file, PROMPT the text to go on from"
+    sub = command("sample", text, sample_command, "RUN [PROMPT]")
+    sub.add_argument("--tokens", type=int, default=500, help="how many tokens to write (default 500)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="below 1 sharper, 0 the likeliest (default 0.8)")
+    sub.add_argument("--top-k", type=int, default=0, help="only from the k likeliest tokens (default 0: all)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="only from the likeliest that hold this probability")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    sub.add_argument("--last", action="store_true", help="the last checkpoint instead of the best one")
+
+    text = "show the text that a data= setting means (default shakespeare), fetching it if need be"
+    command("data", text, data_command, "[SOURCE]")
+    command("check", "is the fast model the same function as the reference?", passed_on, "")
+    command("bench", "how fast is it, beside plain PyTorch and torch.compile?", passed_on, "")
+    command("doctor", "device, toolchains, and which backends work here and why the others do not", doctor_command, "")
+    sub = command("demo", "train, check, measure and sample in a few minutes", demo_command, "")
+    sub.add_argument("--steps", type=int, default=2000, help="training steps (default 2000)")
+    sub.add_argument("--out", default="runs", help="folder for the run folder (default runs)")
+    return parser
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """`train`."""
+    presets = [word for word in args.words if "=" not in word]
+    overrides = [word for word in args.words if "=" in word]
+    if len(presets) > 1:
+        raise UsageError(f"train takes one preset, got {' and '.join(presets)}: settings are written key=value")
+    if args.resume and presets:
+        raise UsageError(f"--resume takes the run's own settings: leave {presets[0]!r} out")
+    if args.resume and args.print_config:
+        raise UsageError("--print-config shows a new run's settings: read config.toml in the run folder")
+    if args.resume:
+        from model.train import resume
+
+        for override in overrides:
+            as_usage(parse_override, override)
+        result = resume(args.resume, overrides, quiet=args.quiet)
+    else:
+        if not args.words:
+            raise UsageError(f"train needs a preset ({', '.join(preset_names())}), settings, or --resume RUN")
+        preset = presets[0] if presets else ""
+        config, origins = as_usage(resolve, preset, overrides)
+        if args.print_config:
+            print(describe(config, origins))
+            return 0
+        from model.train import train
+
+        result = train(config, label=Path(preset).stem, quiet=args.quiet)
+    return INTERRUPTED if result["interrupted"] else 0
+
+
+def sample_command(args: argparse.Namespace) -> int:
+    """`sample`: the prompt and what the model makes of it, written as it comes."""
+    import torch
+
+    from model.checkpoint import LAST, load_model
+    from model.generate import check_sampling, generate
+
+    as_usage(check_sampling, args.temperature, args.top_k, args.top_p)
+    if args.tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, got {args.tokens}")
+    if not 1 <= len(args.words) <= 2:
+        raise UsageError(f'sample takes RUN and one "PROMPT" in quotes, got {len(args.words)} words')
+    run, text = (*args.words, "\n")[:2]
+    model, tokenizer, _ = load_model(run, LAST if args.last else None)
+    prompt = as_usage(tokenizer.encode, text)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    sys.stdout.write(text)
+    for token in generate(model, prompt, args.tokens, vocabulary=len(tokenizer), **sampling):
+        sys.stdout.write(tokenizer.decode(torch.tensor([token])))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def data_command(args: argparse.Namespace) -> int:
+    """`data`: what a text is, and its beginning."""
+    from model.data import CharTokenizer, load_text
+    from model.shakespeare import cache_folder
+
+    if len(args.words) > 1:
+        raise UsageError(f"data takes one source, got {len(args.words)}")
+    text = load_text(*args.words or ["shakespeare"])
+    characters = CharTokenizer.of_text(text.text).characters
+    print(f"source      {text.source}")
+    print(f"size        {len(text.text):,} characters, {text.text.count(chr(10)):,} lines")
+    print(f"vocabulary  {len(characters)} characters: {characters!r}")
+    print(f"sha256      {text.sha256}")
+    print(f"cache       {cache_folder()}")
+    print(f"\n{text.text[:400]}")
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """`doctor`."""
+    from model.doctor import print_report
+
+    print_report()
+    return 0
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """`demo`."""
+    from model.demo import demo
+
+    return demo(args.steps, args.out)
+
+
+def passed_on(args: argparse.Namespace) -> int:
+    """check and bench never reach the parser: see main."""
+    raise AssertionError(args.command)
+
+
+def hand_over(command: str, argv: list[str]) -> int:
+    """Run `check` or `bench`, which parse their own arguments."""
+    if command == "check":
+        from model.equivalence import main as check
+
+        return check(argv)
+    try:
+        from benchmarks.cli import main as bench
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", "benchmarks.cli"):
+            raise
+        raise RuntimeError("bench lies in the source tree, not in an installed copy: run it from a checkout") from None
+    return bench(argv)
+
+
+class UsageError(Exception):
+    """A wrong command line: one line, exit status 2."""
+
+
+def as_usage(call: Callable[..., Any], *args: Any) -> Any:
+    """Call, with a wrong value counted as a wrong command line."""
+    try:
+        return call(*args)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    try:
+        if argv and argv[0] in ("check", "bench"):
+            return hand_over(argv[0], argv[1:])
+        parser = make_parser()
+        args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option
+        if unknown := [word for word in later if word.startswith("-")]:
+            raise UsageError(f"unknown option {unknown[0]} (see gptkernels {args.command or ''} --help)")
+        if args.command is None:
+            parser.print_help()
+            return 2
+        args.words += later
+        if args.words and args.command in ("doctor", "demo"):
+            raise UsageError(f"{args.command} takes no {args.words[0]!r} (see gptkernels {args.command} --help)")
+        return int(args.run(args))
+    except SystemExit as exit:  # argparse's, after --help or an error that it has printed
+        return exit.code if isinstance(exit.code, int) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UsageError as error:
+        status, message = 2, str(error)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        status, message = 1, str(error)
+        if debug:
+            traceback.print_exc()
+    print(f"gptkernels: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,139 @@
+"""The same GPT on gptkernels: the reference's own Parameter objects, other forwards.
+
+Against model/reference.py: attention reads the packed projection (B, T, 3, H, D) where it lies; each residual addition
+is made inside the LayerNorm that follows it, so the stream is read and written once; the MLP is one operator; the loss
+is taken from the last hidden state, so that the (B*T, V) logits of a training step are never held.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptkernels import causal_attention_packed, gelu_mlp, layer_norm, linear, linear_cross_entropy
+from gptkernels.backend import resolve
+from gptkernels.ops.attention.api import choose
+from model.config import ModelConfig
+from model.reference import (
+    GPT,
+    MLP,
+    Attention,
+    Block,
+    attention_seed,
+    check_input,
+    dropout,
+    dropout_seed,
+    sinusoidal_positions,
+)
+
+
+class FastGPT(nn.Module):
+    """A GPT with the reference's parameters, names and initial weights, computed by one backend of gptkernels."""
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto", parameters_of: GPT | None = None) -> None:
+        """Build from a configuration, or around the parameters of a reference model: shared, not copied."""
+        super().__init__()
+        source = GPT(config) if parameters_of is None else parameters_of
+        self.config = config
+        self.backend = backend
+        self.transformer = source.transformer
+        self.lm_head = source.lm_head
+        if config.pos == "sinusoidal":
+            table = sinusoidal_positions(config.context, config.n_embd)
+            self.register_buffer("positions", table.to(self.lm_head.weight), persistent=False)
+
+    @classmethod
+    def from_reference(cls, reference: GPT, *, backend: str = "auto") -> FastGPT:
+        """The fast model of a reference: the very same Parameter objects, so that a step of one is a step of both."""
+        return cls(reference.config, backend=backend, parameters_of=reference).train(reference.training)
+
+    def to_reference(self) -> GPT:
+        """The reference of this model, on the very same Parameter objects and in the same mode."""
+        with torch.device("meta"):  # its own weights are thrown away: give them no memory and draw no random numbers
+            reference = GPT(self.config)
+        reference.transformer, reference.lm_head = self.transformer, self.lm_head
+        return reference.train(self.training)
+
+    def backends(self, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """The backend that each operator gets where the weights are, in dtype (theirs if not given); raises as they do."""
+        weight = self.lm_head.weight
+        heads = torch.empty(
+            0, self.config.n_embd // self.config.n_head, dtype=dtype or weight.dtype, device=weight.device
+        )
+        others = ("layer_norm", "linear", "gelu_mlp", "linear_cross_entropy")
+        # Attention also looks at the width of a head.
+        return {"causal_attention": choose(self.backend, heads), **dict.fromkeys(others, resolve(self.backend, heads))}
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        seed: int | None = None,
+        return_logits: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss): the logits (B, T, V) without targets, the loss with them, and both when return_logits.
+
+        idx and targets are (B, T) int64; a target of -100 is ignored. seed draws the dropout of a training step, the
+        same masks as the reference's: needed, and used, only in train mode with dropout > 0.
+        """
+        check_input(idx, self.config.context)
+        hidden = self.hidden(idx, dropout_seed(self.config.dropout, self.training, seed))
+        weight = self.lm_head.weight
+        logits = linear(hidden, weight, backend=self.backend) if targets is None or return_logits else None
+        if targets is None:
+            return logits, None
+        loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), backend=self.backend)
+        return logits, loss
+
+    def hidden(self, idx: Tensor, seed: int | None) -> Tensor:
+        """(B, T, C): what the head reads. x is the residual stream, h its normalised value."""
+        blocks = cast("list[Block]", list(self.transformer.h))
+        # The norm after each MLP is the next block's first one, or the last of all.
+        next_norms = [block.ln_1 for block in blocks[1:]] + [self.transformer.ln_f]
+        first, backend = blocks[0].ln_1, self.backend
+        x = self.drop(self.embed(idx), seed, 0)
+        h = layer_norm(x, first.weight, first.bias, backend=backend)
+        for layer, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
+            branch = self.drop(self.attend(block.attn, h, layer, seed), seed, 2 * layer + 1)
+            h, x = layer_norm(branch, block.ln_2.weight, block.ln_2.bias, residual=x, backend=backend)
+            branch = self.drop(self.think(block.mlp, h), seed, 2 * layer + 2)
+            h, x = layer_norm(branch, next_norm.weight, next_norm.bias, residual=x, backend=backend)
+        return h
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """(B, T, C): token plus position."""
+        x = F.embedding(idx, self.transformer.wte.weight)
+        T = idx.shape[1]
+        if self.config.pos == "learned":
+            table = self.transformer.wpe.weight
+            # The gradient of a slice is a zero-filled copy of the table: the whole table is taken where it can be.
+            return x + (table if table.shape[0] == T else table[:T])
+        return x + self.positions[:T] if self.config.pos == "sinusoidal" else x
+
+    def drop(self, x: Tensor, seed: int | None, stream: int) -> Tensor:
+        """The reference's residual dropout, or x itself where nothing is dropped."""
+        return x if seed is None else dropout(x, self.config.dropout, seed, stream)
+
+    def attend(self, attn: Attention, h: Tensor, layer: int, seed: int | None) -> Tensor:
+        """(B, T, C): the attention branch of a block."""
+        B, T, C = h.shape
+        H, p, backend = self.config.n_head, self.config.dropout, self.backend
+        qkv = linear(h, attn.c_attn.weight, attn.c_attn.bias, backend=backend).view(B, T, 3, H, C // H)
+        if seed is None:
+            out = causal_attention_packed(qkv, backend=backend)
+        else:
+            out = causal_attention_packed(qkv, dropout_p=p, seed=attention_seed(seed, layer), backend=backend)
+        # A backend may leave the heads in any order of strides; contiguous is free where they are in place already.
+        return linear(out.reshape(B, T, C), attn.c_proj.weight, attn.c_proj.bias, backend=backend)
+
+    def think(self, mlp: MLP, h: Tensor) -> Tensor:
+        """(B, T, C): the MLP branch of a block."""
+        fc, proj = mlp.c_fc, mlp.c_proj
+        approximate = "tanh" if self.config.act == "gelu_tanh" else "none"
+        return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=self.backend)

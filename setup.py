@@ -1,0 +1,129 @@
+"""Builds the native parts: one library of CPU kernels for each instruction set, of which Python loads one.
+
+torch is needed to build, but is no build requirement where it can be found: pip's isolated build runs the user's own
+Python, so the torch beside it is the one to build against. Only where there is none is it asked for. Each library is
+optional: what fails to build is reported in gptkernels/_build.json, which `gptkernels doctor` shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
+}
+# The stable ABI of torch 2.10: one build runs on that and every later version.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # a * b + c is one rounding where the CPU has it
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",  # vectors are passed by value in internal functions only
+    "-g0",
+    TARGET,
+]
+
+
+def find_torch() -> bool:
+    """Whether torch can be imported, if need be from the environment that pip was started in."""
+    places = [None, sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
+    for place in places:
+        if place is not None and (not (Path(place) / "torch").is_dir() or place in sys.path):
+            continue
+        if place is not None:
+            sys.path.append(place)
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            if place is not None:
+                sys.path.remove(place)
+            continue
+        return True
+    return False
+
+
+def isas() -> list[str]:
+    """The instruction sets to build for: all of an x86-64, else what the compiler assumes anyway (NEON on aarch64)."""
+    wanted = os.environ.get("GPTKERNELS_BUILD_ISAS")
+    if wanted is not None:
+        unknown = [name for name in wanted.split() if name not in ISAS]
+        if unknown:
+            raise ValueError(f"GPTKERNELS_BUILD_ISAS must name some of {', '.join(ISAS)}, got {unknown[0]!r}")
+        return wanted.split()
+    return list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def extensions() -> list:
+    """One library an instruction set, all from the same sources."""
+    from torch.utils.cpp_extension import CppExtension
+
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    return [
+        CppExtension(
+            f"gptkernels._cpu_{isa}",
+            sources,
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": FLAGS + ISAS[isa]},
+            py_limited_api=True,
+        )
+        for isa in isas()
+    ]
+
+
+def build_command() -> type:
+    """build_ext with a folder of objects for each library, going on after one that fails."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext) -> None:
+            # The libraries share their sources: in one folder each would overwrite the others' objects.
+            folder, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+            try:
+                super().build_extension(ext)
+                self.report[ext.name] = "built"
+            except Exception as error:  # whatever a compiler run can raise; the text is kept and shown
+                self.report[ext.name] = f"{type(error).__name__}: {error}"
+                print(f"gptkernels: WARNING: {ext.name} is not built: {error}", file=sys.stderr)
+            finally:
+                self.build_temp = folder
+
+        def build_extensions(self) -> None:
+            self.report: dict[str, str] = {}
+            super().build_extensions()
+            path = Path(self.build_lib) / "gptkernels" / "_build.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.report, indent=2) + "\n")
+            if self.inplace or self.editable_mode:
+                (ROOT / "gptkernels" / "_build.json").write_text(path.read_text())
+
+        def copy_extensions_to_source(self) -> None:
+            self.extensions = [ext for ext in self.extensions if self.report[ext.name] == "built"]
+            super().copy_extensions_to_source()
+
+        def get_outputs(self) -> list[str]:
+            return [name for name in super().get_outputs() if Path(name).exists()]
+
+    return Build.with_options(no_python_abi_suffix=True)
+
+
+if find_torch():
+    setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
+else:
+    # setuptools reports this to pip as a requirement of the build, which then runs this file again with torch there.
+    setup(setup_requires=["torch>=2.10", "ninja"])
