@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
-
-# What torch raises on the first call where the C++ compiler or Python's headers are missing.
-UNAVAILABLE_ERRORS = (BackendCompilerFailed, InductorError)
-
 
 def compiled(function: Callable) -> Callable:
-    """The function compiled for static shapes; the first call compiles, and no figure counts it."""
+    """The function compiled for static shapes, whatever was compiled before; the first call compiles."""
+    import torch._dynamo  # seconds of imports that a run without this column can do without
+
+    torch._dynamo.reset()  # the limit of recompilations counts per function
     return torch.compile(function, dynamic=False)
 
 
-def reason(error: BaseException) -> str:
+def unavailable(error: Exception) -> bool:
+    """Whether it is what torch raises on the first call where the C++ compiler or Python's headers are missing."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, (BackendCompilerFailed, InductorError))
+
+
+def reason(error: Exception) -> str:
     """The line of a long compiler error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

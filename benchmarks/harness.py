@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from gptkernels.cost import Cost, fraction_of_roof
@@ -26,27 +26,57 @@ class Column(Protocol):
     def run(self) -> dict[str, float]: ...
 
 
-def timed_rounds(columns: Sequence[Column], roofs: Sequence[Column], rounds: int, warmup: int = 2) -> dict[str, Times]:
-    """Seconds of every row of every column: one timing each per round, the roofs first, then the columns in turn."""
-    for column in (*roofs, *columns) * warmup:
-        column.run()
+def timed_rounds(
+    columns: Sequence[Column], roofs: Sequence[Column], rounds: int, share: float, warm: Mapping[str, float]
+) -> dict[str, Times]:
+    """Seconds of every row of every column: in each round the roofs first, then the columns in turn.
+
+    share is the seconds that one column may take; a slower one is in fewer rounds, evenly spread, and at least in one.
+    warm holds the seconds of the runs that columns have made before, which count as their warm-up where they are long.
+    """
+    columns = list(columns)
+    for roof in roofs:
+        roof.run()
+    planned = {column.name: rounds_within(share, warm_up(column, share, warm), rounds) for column in columns}
     times: dict[str, Times] = {column.name: {} for column in (*roofs, *columns)}
     gc.collect()
     gc.disable()
     try:
         for r in range(rounds):
-            for column in (*roofs, *in_turn(columns, r)):
+            progress(f"round {r + 1}/{rounds}")
+            taking_part = [column for column in in_turn(columns, r) if takes_part(r, planned[column.name], rounds)]
+            for column in (*roofs, *taking_part):
                 for row, seconds in column.run().items():
                     times[column.name].setdefault(row, []).append(seconds)
-            progress(f"round {r + 1}/{rounds}")
     finally:
         gc.enable()
         progress("")
     return times
 
 
+def warm_up(column: Column, share: float, warm: Mapping[str, float]) -> float:
+    """Run a column once more unless its earlier run was longer than its share; the seconds that a run takes."""
+    earlier = warm.get(column.name, 0.0)
+    if earlier > share:
+        return earlier
+    progress(f"warming up {column.name}")
+    return max(column.run().values())  # the row that holds all the others is the longest
+
+
+def rounds_within(share: float, seconds: float, rounds: int) -> int:
+    """How many rounds of this length fit into the share."""
+    return max(1, min(rounds, int(share / max(seconds, 1e-9))))
+
+
+def takes_part(r: int, planned: int, rounds: int) -> bool:
+    """Whether a column that is planned for some of the rounds is in round r: always in the first, then evenly."""
+    return r == 0 or r * planned // rounds > (r - 1) * planned // rounds
+
+
 def in_turn(columns: Sequence[Column], r: int) -> list[Column]:
     """The order of round r: every other round backwards, since a rotation alone never changes who follows whom."""
+    if not columns:
+        return []
     turn = (r // 2) % len(columns)
     order = [*columns[turn:], *columns[:turn]]
     return order[::-1] if r % 2 else order
@@ -69,31 +99,32 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def time_figures(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and the 20 % and 80 % quantiles, in milliseconds."""
+    """Median and the 20 % and 80 % quantiles, in milliseconds, and of how many runs."""
     return {
         "ms": 1e3 * statistics.median(seconds),
         "ms_p20": 1e3 * quantile(seconds, 0.2),
         "ms_p80": 1e3 * quantile(seconds, 0.8),
+        "runs": len(seconds),
     }
 
 
-def figures(seconds: Sequence[float], cost: Cost | None, roof: dict[str, float]) -> dict[str, float]:
-    """Times and, where the work has a cost, the throughput and the percent of the measured roof."""
+def figures(seconds: Sequence[float], cost: Cost, flops_roof: float, bytes_roof: float) -> dict[str, float]:
+    """Times, throughput, and the percent of the roofs, which are in flops and bytes a second."""
     result = time_figures(seconds)
-    if cost is not None:
-        median = result["ms"] / 1e3
-        flops, bandwidth = roof["matmul_gflops"] * 1e9, roof["copy_gbps"] * 1e9
-        result["gflops"] = cost.flops / median / 1e9
-        result["gbps"] = cost.bytes / median / 1e9
-        result["roof_percent"] = 100 * fraction_of_roof(cost, median, flops, bandwidth)
-        result["matmul_roof_percent"] = 100 * result["gflops"] * 1e9 / flops
+    median = result["ms"] / 1e3
+    result["gflops"] = cost.flops / median / 1e9
+    result["gbps"] = cost.bytes / median / 1e9
+    result["matmul_roof_percent"] = 100 * cost.flops / median / flops_roof
+    result["roofline_percent"] = 100 * fraction_of_roof(cost, median, flops_roof, bytes_roof)
     return result
 
 
-def speedups(columns: dict[str, dict], rows: Sequence[str], ours: str = "ours") -> dict[str, dict[str, float]]:
-    """How many times faster our column is than each other one, row by row, by medians."""
+def speedups(columns: Mapping[str, dict], rows: Sequence[str], ours: str = "ours") -> dict[str, dict[str, float]]:
+    """How many times faster our column is than each other one, row by row, by medians; empty where ours has no time."""
+    if rows[0] not in columns.get(ours, {}):
+        return {}
     return {
-        name: {row: figures_[row]["ms"] / columns[ours][row]["ms"] for row in rows if row in figures_}
+        name: {row: figures_[row]["ms"] / columns[ours][row]["ms"] for row in rows}
         for name, figures_ in columns.items()
-        if name != ours and any(row in figures_ for row in rows)
+        if name != ours and rows[0] in figures_
     }

@@ -1,35 +1,45 @@
-"""The machine of a run: what it is, and the two roofs that its torch reaches."""
+"""The machine of a run: what it is, and the roofs that its torch reaches."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Times
+from benchmarks.harness import Column, Times
+from gptkernels.backend import cpu_library
 from gptkernels.cost import Cost
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # 2048^3 is 17 GFLOP: far beyond every cache, and about 0.1 s on two cores, short enough to be timed every round.
-MATMUL_SIZE = 2048
+LARGEST_MATMUL = 2048
+SMALLEST_MATMUL = 512
+# Where torch has no fast matmul of a dtype (bf16 without AVX-512: 54 s for 2048^3), the size shrinks to this time.
+MATMUL_SECONDS = 0.5
+# Whether the operands are stored transposed. They are the products of a linear layer: torch's speed can differ by a
+# factor of 20 between them, and a roof is the fastest.
+LAYOUTS = {"A B^T": (False, True), "A B": (False, False), "A^T B": (True, False)}
 # Eight times a large L3, so that a copy runs from memory to memory.
 COPY_BYTES = 256 << 20
 
 
 class MatmulRoof:
-    """A large torch matmul in the run's dtype, into memory that is already there."""
+    """A large torch matmul in one dtype, into memory that is already there."""
 
-    name = "roof:matmul"
-
-    def __init__(self, dtype: torch.dtype, size: int = MATMUL_SIZE) -> None:
-        self.a = torch.randn(size, size).to(dtype)
-        self.b = torch.randn(size, size).to(dtype)
+    def __init__(self, dtype: torch.dtype, size: int, layout: str) -> None:
+        self.name = f"roof:matmul {dtype}"
+        self.size, self.layout = size, layout
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        transpose_a, transpose_b = LAYOUTS[layout]
+        self.a, self.b = a.t() if transpose_a else a, b.t() if transpose_b else b
         self.out = torch.empty(size, size, dtype=dtype)
         self.cost = Cost(2 * size**3, 3 * size * size * dtype.itemsize)
 
@@ -38,13 +48,24 @@ class MatmulRoof:
         torch.mm(self.a, self.b, out=self.out)
         return {"matmul": time.perf_counter() - start}
 
+    @classmethod
+    def fitted(cls, dtype: torch.dtype, largest: int) -> MatmulRoof:
+        """The fastest layout, at the largest size that takes no longer than MATMUL_SECONDS."""
+        probes = [cls(dtype, SMALLEST_MATMUL, layout) for layout in LAYOUTS]
+        seconds = [min(probe.run()["matmul"] for _ in range(2)) for probe in probes]
+        best = min(range(len(probes)), key=seconds.__getitem__)
+        size, expected = SMALLEST_MATMUL, seconds[best]
+        while size < largest and 8 * expected <= MATMUL_SECONDS:
+            size, expected = 2 * size, 8 * expected
+        return cls(dtype, size, probes[best].layout)
+
 
 class CopyRoof:
     """A large copy, into memory that is already there."""
 
     name = "roof:copy"
 
-    def __init__(self, size: int = COPY_BYTES) -> None:
+    def __init__(self, size: int) -> None:
         self.source = torch.ones(size // 4)
         self.target = torch.empty_like(self.source)
         self.cost = Cost(0, 2 * size)
@@ -55,22 +76,36 @@ class CopyRoof:
         return {"copy": time.perf_counter() - start}
 
 
-def roof_columns(dtype: torch.dtype, quick: bool) -> list[MatmulRoof | CopyRoof]:
-    """The two roofs as columns, so that they are timed in the same rounds as the work."""
-    return [MatmulRoof(dtype, 512), CopyRoof(16 << 20)] if quick else [MatmulRoof(dtype), CopyRoof()]
+class Roofs:
+    """The roofs as columns, so that they are timed in the same rounds as the work."""
 
+    def __init__(self, dtypes: Sequence[torch.dtype], quick: bool) -> None:
+        largest = SMALLEST_MATMUL if quick else LARGEST_MATMUL
+        self.matmuls = {dtype: MatmulRoof.fitted(dtype, largest) for dtype in dtypes}
+        self.copy = CopyRoof(COPY_BYTES // 16 if quick else COPY_BYTES)
+        self.columns: list[Column] = [*self.matmuls.values(), self.copy]
 
-def roof_figures(columns: list[MatmulRoof | CopyRoof], times: dict[str, Times]) -> dict[str, float]:
-    """GFLOP/s of the matmul and GB/s of the copy: by medians, as the columns are, and the best seen."""
-    matmul, copy = columns
-    matmul_times, copy_times = times[matmul.name]["matmul"], times[copy.name]["copy"]
-    middle = sorted(matmul_times)[len(matmul_times) // 2], sorted(copy_times)[len(copy_times) // 2]
-    return {
-        "matmul_gflops": matmul.cost.flops / middle[0] / 1e9,
-        "copy_gbps": copy.cost.bytes / middle[1] / 1e9,
-        "matmul_gflops_best": matmul.cost.flops / min(matmul_times) / 1e9,
-        "copy_gbps_best": copy.cost.bytes / min(copy_times) / 1e9,
-    }
+    def flops(self, times: dict[str, Times], dtype: torch.dtype) -> float:
+        """Flops a second of the matmul in this dtype: by median, as the columns are."""
+        matmul = self.matmuls[dtype]
+        return matmul.cost.flops / statistics.median(times[matmul.name]["matmul"])
+
+    def bytes(self, times: dict[str, Times]) -> float:
+        """Bytes a second of the copy, read and written."""
+        return self.copy.cost.bytes / statistics.median(times[self.copy.name]["copy"])
+
+    def figures(self, times: dict[str, Times]) -> dict[str, object]:
+        """GFLOP/s of the matmuls with their sizes, and GB/s of the copy."""
+        matmuls = {
+            str(dtype).removeprefix("torch."): {
+                "gflops": self.flops(times, dtype) / 1e9,
+                "gflops_best": matmul.cost.flops / min(times[matmul.name]["matmul"]) / 1e9,
+                "size": matmul.size,
+                "layout": matmul.layout,
+            }
+            for dtype, matmul in self.matmuls.items()
+        }
+        return {"matmul": matmuls, "copy_gbps": self.bytes(times) / 1e9}
 
 
 def describe() -> dict[str, object]:
@@ -80,6 +115,7 @@ def describe() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": cpu_library()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

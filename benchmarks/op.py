@@ -14,6 +14,8 @@ from gptkernels.cost import OpCost
 
 Shape = dict[str, int]
 Outputs = Tensor | tuple[Tensor, ...]
+# Outputs, and the gradients of the inputs.
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,13 +52,10 @@ def random_leaves(dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, 
 
 
 def output_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
-    """One random gradient for every output; 1 for a loss."""
+    """One random gradient for every output, which may lie on the meta device; 1 for a loss."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.ones_like(y)
-        if y.dim() == 0
-        else torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y.dtype)
-        for y in outputs
+        (torch.randn(y.shape, generator=generator) if y.dim() else torch.ones(())).to(y.dtype) for y in outputs
     )
 
 
@@ -76,7 +75,7 @@ class OpColumn:
         self.doutputs = tuple(doutputs)
         self.leaves = [x for x in inputs if x.requires_grad]
 
-    def results(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def results(self) -> Results:
         """Outputs and the gradients of every leaf."""
         outputs = as_tuple(self.function(*self.inputs))
         return outputs, torch.autograd.grad(outputs, self.leaves, self.doutputs)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks import bench_attention, bench_cross_entropy, bench_layer_norm, bench_linear, bench_mlp
-from benchmarks.compiler import UNAVAILABLE_ERRORS, compiled, reason
-from benchmarks.harness import Column, figures, progress, speedups, timed_rounds
-from benchmarks.machine import roof_columns, roof_figures
-from benchmarks.memory import measured_in_subprocess
-from benchmarks.op import DTYPES, Op, OpColumn, Outputs, Shape, as_tuple, output_gradients
+from benchmarks.case import OURS_FP32, column_names, factor, run_case
+from benchmarks.compiler import compiled
+from benchmarks.harness import Column
+from benchmarks.op import DTYPES, Op, OpColumn, Outputs, Results, Shape, as_tuple, output_gradients
 from benchmarks.options import Options
-from model.equivalence import Row, compare
+from model.equivalence_rule import Row, compare
 
 ROWS = ("forward", "backward", "both")
-# kernels.md's rule: twice the plain error for what comes out, three times for gradients.
-OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 OPS = {
     module.OP.name: module.OP
     for module in (bench_attention, bench_layer_norm, bench_mlp, bench_linear, bench_cross_entropy)
@@ -67,104 +64,74 @@ def op_column(op: Op, name: str, data: OpData, backend: str) -> Column:
     def ours(*inputs: Tensor) -> Outputs:
         return op.ours(*inputs, backend=backend)
 
-    if name == "ours fp32":
+    if name == OURS_FP32:
         data = data.to(torch.float32)
     return OpColumn(name, ours, data.inputs, data.doutputs)
 
 
-def column_names(op: Op, dtype: str, compile_: bool) -> list[str]:
-    """The columns of a table, in order."""
-    names = ["reference", "eager", *(["compile"] if compile_ else []), "ours"]
-    names += ["ours fp32"] if dtype == "bf16" else []
-    return names + ([op.extra.name] if op.extra is not None else [])
+class Gate:
+    """The errors of a column's outputs and gradients against float64, beside those of the written-out form."""
 
+    def __init__(self, op: Op, data: OpData) -> None:
+        self.op, self.data = op, data
+        arguments = list(inspect.signature(op.reference).parameters)[: len(data.inputs)]
+        self.names = [name for name, x in zip(arguments, data.inputs, strict=True) if x.requires_grad]
+        self.oracle = self.written_out(torch.float64)
+        self.plain: dict[torch.dtype, Results] = {}
 
-def gate(op: Op, data: OpData, column: OpColumn) -> list[Row]:
-    """The column's outputs and gradients against float64, weighed by the error that the written-out form makes."""
-    oracle = OpColumn("oracle", op.reference, *vars(data.to(torch.float64)).values()).results()
-    dtype = column.leaves[0].dtype
-    plain_data = data.to(dtype)
-    plain = OpColumn("plain", op.reference, plain_data.inputs, plain_data.doutputs).results()
-    got = column.results()
-    names = [name for name, x in zip(inspect.signature(op.reference).parameters, data.inputs) if x.requires_grad]
-    rows = [
-        compare(f"output {i}", *values, dtype=dtype, factor=OUTPUT_FACTOR)
-        for i, values in enumerate(zip(got[0], plain[0], oracle[0]))
-    ]
-    return rows + [
-        compare(f"d{name}", *values, dtype=dtype, factor=GRADIENT_FACTOR)
-        for name, *values in zip(names, got[1], plain[1], oracle[1])
-    ]
+    def written_out(self, dtype: torch.dtype) -> Results:
+        """What the written-out form gives in a dtype."""
+        data = self.data.to(dtype)
+        return OpColumn("written out", self.op.reference, data.inputs, data.doutputs).results()
 
-
-def gated(op: Op, data: OpData, names: Sequence[str], backend: str) -> tuple[list[Column], dict[str, dict]]:
-    """The columns that may be timed, and what is to be said of every column before."""
-    columns: list[Column] = []
-    notes: dict[str, dict] = {}
-    for name in names:
-        progress(f"{op.title}: gate of {name}")
-        column = op_column(op, name, data, backend)
-        notes[name] = {}
-        if isinstance(column, OpColumn):
-            try:
-                rows = gate(op, data, column)
-            except UNAVAILABLE_ERRORS as error:
-                if name != "compile":
-                    raise
-                notes[name] = {"unavailable": reason(error)}
-                continue
-            notes[name] = {"gate": [row.figures() for row in rows], "passed": all(row.passed for row in rows)}
-            if not notes[name]["passed"]:
-                continue
-        columns.append(column)
-    return columns, notes
+    def __call__(self, column: Column) -> list[Row] | None:
+        """The column's errors; None for a bound, which computes nothing that could be compared."""
+        if not isinstance(column, OpColumn):
+            return None
+        dtype = column.leaves[0].dtype
+        got = column.results()
+        if dtype not in self.plain:
+            # The reference is gated first and is the written-out form itself: a slow dtype need not do it twice.
+            self.plain[dtype] = got if column.name == "reference" else self.written_out(dtype)
+        outputs = zip(got[0], self.plain[dtype][0], self.oracle[0], strict=True)
+        gradients = zip(self.names, got[1], self.plain[dtype][1], self.oracle[1], strict=True)
+        return [
+            *(
+                compare(f"output {i}", *of, dtype=dtype, factor=factor(column.name, False))
+                for i, of in enumerate(outputs)
+            ),
+            *(compare(f"d{name}", *of, dtype=dtype, factor=factor(column.name, True)) for name, *of in gradients),
+        ]
 
 
 def bench_case(op: Op, shape: Shape, options: Options) -> dict[str, object]:
     """Every figure of one operator at one shape."""
-    torch._dynamo.reset()  # each shape is compiled for itself, and the recompilation limit counts per function
-    dtype = DTYPES[options.dtype]
-    data = op_data(op, shape, dtype)
-    columns, notes = gated(op, data, column_names(op, options.dtype, options.compile), options.backend)
-    roofs = roof_columns(dtype, options.quick)
-    times = timed_rounds(columns, roofs, options.rounds)
-    roof = roof_figures(roofs, times)
-    for column in columns:
-        cost = op.cost(shape, 4 if column.name == "ours fp32" else dtype.itemsize)
-        note = notes[column.name]
-        for row in ROWS:
-            note[row] = figures(times[column.name][row], getattr(cost, row), roof)
-        if options.memory and isinstance(column, OpColumn):
-            note["memory"] = measured_in_subprocess(
-                {"kind": "ops", "op": op.name, "shape": shape, "column": column.name, **options.work()}
-            )
-    return {
-        "case": f"{op.title} " + " ".join(f"{k}={v}" for k, v in shape.items()),
-        "op": op.name,
-        "shape": shape,
-        "dtype": options.dtype,
-        "rounds": options.rounds,
-        "roof": roof,
-        "columns": notes,
-        "speedup": speedups(notes, ROWS),
-        "passed": all(note.get("passed", True) for note in notes.values()),
-    }
+    data = op_data(op, shape, DTYPES[options.dtype])
+    case = run_case(
+        f"{op.title} " + " ".join(f"{k}={v}" for k, v in shape.items()),
+        column_names(options) + ([op.extra.name] if op.extra is not None else []),
+        ROWS,
+        build=lambda name: op_column(op, name, data, options.backend),
+        judge=Gate(op, data),
+        cost=lambda row, dtype: getattr(op.cost(shape, dtype.itemsize), row),
+        work={"kind": "ops", "op": op.name, "shape": shape},
+        options=options,
+    )
+    return {"op": op.name, "shape": shape, **case}
 
 
-def bench_ops(names: Sequence[str], options: Options) -> list[dict[str, object]]:
-    """All the cases of the named operators; with --quick one small shape each."""
-    return [
-        bench_case(op, shape, options)
-        for op in (OPS[name] for name in names)
-        for shape in ((op.small,) if options.quick else op.shapes)
-    ]
+def bench_ops(names: Sequence[str], options: Options) -> Iterator[dict[str, object]]:
+    """All the cases of the named operators, as they are done; with --quick one small shape each."""
+    for op in (OPS[name] for name in names):
+        for shape in (op.small,) if options.quick else op.shapes:
+            yield bench_case(op, shape, options)
 
 
 def peak_work(work: dict) -> tuple[Column, int]:
     """For benchmarks.memory: the column at full shape, after its warm-up, and the bytes of its gradients."""
-    op, dtype = OPS[work["op"]], DTYPES[work["dtype"]]
+    op, dtype = OPS[str(work["op"])], DTYPES[str(work["dtype"])]
     data = op_data(op, work["shape"], dtype)
-    if work["column"] == "ours fp32":
+    if work["column"] == OURS_FP32:
         data = data.to(torch.float32)
     column = op_column(op, work["column"], data, work["backend"])
     if work["column"] == "compile":

@@ -14,15 +14,11 @@ class Options:
     dtype: str = "fp32"
     backend: str = "auto"
     rounds: int = 20
+    budget: float = 600.0
     quick: bool = False
     compile: bool = True
     memory: bool = True
 
     def work(self) -> dict[str, object]:
         """What a process that measures memory must know."""
-        return {
-            "dtype": self.dtype,
-            "backend": self.backend,
-            "quick": self.quick,
-            "threads": torch.get_num_threads(),
-        }
+        return {"dtype": self.dtype, "backend": self.backend, "threads": torch.get_num_threads()}

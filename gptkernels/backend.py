@@ -28,7 +28,7 @@ def supported_isas() -> tuple[str, ...]:
         isas.append("avx512")
         # The public function came after torch 2.10; before it there was this private one.
         private = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        public = getattr(torch.cpu, "get_capabilities", dict)()
+        public: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         if public.get("avx512_bf16", False) or private():
             isas.append("avx512_bf16")
     return tuple(isas)
@@ -128,7 +128,8 @@ def say_fallback(x: Tensor, dtype: torch.dtype) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product on x is computed in: autocast's where it is on, else x's own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    available = torch.amp.is_autocast_available(device)  # meta tensors have none
+    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

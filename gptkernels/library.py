@@ -33,6 +33,11 @@ def optional_like(reference: Tensor, size: int, exists: bool) -> Tensor:
     return reference.new_empty((size if exists else 0,))
 
 
+def contiguous(x: MaybeTensor) -> MaybeTensor:
+    """An optional tensor as the kernels read it."""
+    return None if x is None else x.contiguous()
+
+
 @define("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def linear_forward(x: Tensor, weight: Tensor, bias: MaybeTensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

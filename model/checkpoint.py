@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from model.config import Config, build, flatten
 from model.data import CharTokenizer, Dataset
-from model.fast import FastGPT
+from model.fast import FastGPT, Model
+from model.files import write_atomically
 from model.reference import GPT
 
 FORMAT = 1
 LAST, BEST = "last.pt", "best.pt"
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config) -> Model:
     """The model that a configuration asks for, with weights from torch's global random state."""
     if config.train.model == "reference":
         return GPT(config.model)
@@ -27,27 +27,11 @@ def build_model(config: Config) -> nn.Module:
 
 def save_atomically(payload: dict[str, Any], path: Path) -> None:
     """torch.save such that `path` is, at every moment and after a power cut, the old file or the new one."""
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}"
-    )  # in the same folder: a rename is atomic within a disk only
-    try:
-        with temporary.open("wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
+    write_atomically(path, lambda file: torch.save(payload, file))
 
 
 def pack(
-    config: Config, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    config: Config, dataset: Dataset, model: Model, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that a run needs to go on bit for bit; progress is step, best_step and best_val_loss.
 
@@ -65,6 +49,11 @@ def pack(
     }
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a folder has a checkpoint."""
+    return (path / LAST).is_file() or (path / BEST).is_file()
+
+
 def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
     """A checkpoint of a run folder (None: the best, or the last of a run that was stopped before it had a best one).
 
@@ -77,13 +66,17 @@ def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
         raise ValueError(
             f"RUN must be a run folder with a checkpoint, or a checkpoint file, got {run}: look under runs/"
         )
-    payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if payload.get("format") != FORMAT:
-        raise ValueError(f"{path} must have checkpoint format {FORMAT}, got {payload.get('format')}: train it again")
-    return payload
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a run's .pt") from error
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} must have checkpoint format {FORMAT}, got {found}: train it again")
+    return dict(payload)
 
 
-def load_model(run: str | Path, which: str | None = None) -> tuple[nn.Module, CharTokenizer, Config]:
+def load_model(run: str | Path, which: str | None = None) -> tuple[Model, CharTokenizer, Config]:
     """The trained model of a run in eval mode, its tokenizer and its configuration; `which` as in load."""
     payload = load(run, which)
     config = build(payload["config"])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from model.config import describe, parse_override, preset_names, resolve
+from model.usage import Parser, UsageError, as_usage
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# 128 + the signal, as shells report it.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 OVERVIEW = """\
 examples:
@@ -31,13 +33,6 @@ Settings are key=value, after a preset and over it; --print-config lists every k
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, loss.svg, samples.txt, last.pt and best.pt.
 Ctrl-C saves and says how to resume.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def make_parser() -> Parser:
@@ -110,7 +105,7 @@ def train_command(args: argparse.Namespace) -> int:
             as_usage(parse_override, override)
         result = resume(args.resume, overrides, quiet=args.quiet)
     else:
-        if not args.words:
+        if not args.words and not args.print_config:
             raise UsageError(f"train needs a preset ({', '.join(preset_names())}), settings, or --resume RUN")
         preset = presets[0] if presets else ""
         config, origins = as_usage(resolve, preset, overrides)
@@ -135,8 +130,8 @@ def sample_command(args: argparse.Namespace) -> int:
         raise UsageError(f"--tokens must be at least 1, got {args.tokens}")
     if not 1 <= len(args.words) <= 2:
         raise UsageError(f'sample takes RUN and one "PROMPT" in quotes, got {len(args.words)} words')
-    run, text = (*args.words, "\n")[:2]
-    model, tokenizer, _ = load_model(run, LAST if args.last else None)
+    model, tokenizer, _ = load_model(args.words[0], LAST if args.last else None)
+    text = args.words[1] if len(args.words) == 2 else tokenizer.start
     prompt = as_usage(tokenizer.encode, text)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     sys.stdout.write(text)
@@ -200,46 +195,45 @@ def hand_over(command: str, argv: list[str]) -> int:
     return bench(argv)
 
 
-class UsageError(Exception):
-    """A wrong command line: one line, exit status 2."""
-
-
-def as_usage(call: Callable[..., Any], *args: Any) -> Any:
-    """Call, with a wrong value counted as a wrong command line."""
-    try:
-        return call(*args)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+def dispatch(argv: list[str]) -> int:
+    """Parse the command line and run its command."""
+    if argv and argv[0] in ("check", "bench"):
+        return hand_over(argv[0], argv[1:])
+    parser = make_parser()
+    args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option
+    if unknown := [word for word in later if word.startswith("-")]:
+        raise UsageError(f"unknown option {unknown[0]} (see gptkernels {args.command or ''} --help)")
+    if args.command is None:
+        parser.print_help()
+        return 2
+    args.words += later
+    if args.words and args.command in ("doctor", "demo"):
+        raise UsageError(f"{args.command} takes no {args.words[0]!r} (see gptkernels {args.command} --help)")
+    return int(args.run(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error, 2 for a wrong command line, 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    """Run a command; returns the exit status.
+
+    0; 1 for an error; 2 for a wrong command line, and for a check that could not be made (1 says that the models
+    differ); 130 after Ctrl-C; 141 when the reader of the output has gone.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     try:
-        if argv and argv[0] in ("check", "bench"):
-            return hand_over(argv[0], argv[1:])
-        parser = make_parser()
-        args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option
-        if unknown := [word for word in later if word.startswith("-")]:
-            raise UsageError(f"unknown option {unknown[0]} (see gptkernels {args.command or ''} --help)")
-        if args.command is None:
-            parser.print_help()
-            return 2
-        args.words += later
-        if args.words and args.command in ("doctor", "demo"):
-            raise UsageError(f"{args.command} takes no {args.words[0]!r} (see gptkernels {args.command} --help)")
-        return int(args.run(args))
+        status = dispatch(words)
+        sys.stdout.flush()
+        return status
     except SystemExit as exit:  # argparse's, after --help or an error that it has printed
         return exit.code if isinstance(exit.code, int) else 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except UsageError as error:
-        status, message = 2, str(error)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        status, message = 1, str(error)
+    except BrokenPipeError:  # `gptkernels sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
+        return PIPE_CLOSED
+    except (UsageError, ValueError, TypeError, RuntimeError, OSError) as error:
         if debug:
             traceback.print_exc()
-    print(f"gptkernels: error: {message}", file=sys.stderr)
-    return status
+        print(f"gptkernels: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) or words[:1] == ["check"] else 1

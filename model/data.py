@@ -43,6 +43,11 @@ class CharTokenizer:
     def __len__(self) -> int:
         return len(self.characters)
 
+    @property
+    def start(self) -> str:
+        """What a text without a prompt begins after: a line break, or the first character where the texts have none."""
+        return "\n" if "\n" in self.ids else self.characters[0]
+
     def encode(self, text: str) -> Tensor:
         """(len(text),) int64; ValueError naming the first character that the vocabulary lacks."""
         try:
@@ -140,9 +145,19 @@ def python_pieces(library: Path) -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def load_dataset(name: str, val_fraction: float, context: int, tokenizer: CharTokenizer | None = None) -> Dataset:
-    """The text `name` as tokens, its last part for validation; a tokenizer of an earlier run is used if given."""
+def load_dataset(
+    name: str, val_fraction: float, context: int, tokenizer: CharTokenizer | None = None, expected: str | None = None
+) -> Dataset:
+    """The text `name` as tokens, its last part for validation.
+
+    An earlier run's tokenizer is used if given; expected is the sha256 that the text must have, if any.
+    """
     text = load_text(name)
+    if expected not in (None, text.sha256):
+        raise ValueError(
+            f"the text must be the one that the run began with (sha256 {str(expected)[:12]}), got {text.sha256[:12]} from "
+            f"{text.source}: restore it, name its place with data=, or train a new run"
+        )
     tokenizer = tokenizer or CharTokenizer.of_text(text.text)
     tokens = tokenizer.encode(text.text)
     # nanoGPT's rounding of the split: int(0.9 n) characters to train on.

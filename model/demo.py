@@ -18,7 +18,6 @@ def heading(text: str) -> None:
 def demo(steps: int, out: str) -> int:
     """Train the preset on Shakespeare, compare the fast model with the reference, measure both; 0 when all went well."""
     from benchmarks.cli import main as bench
-
     from model.equivalence import main as check
     from model.train import train
 

@@ -15,16 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.checkpoint import load_model
+from model.checkpoint import holds_run, load_model
 from model.config import Config, resolve
 from model.data import load_dataset, random_batch
 from model.equivalence_report import json_line, sentence, table
 from model.equivalence_rule import Row, compare, pooled
-from model.fast import FastGPT
+from model.fast import FastGPT, Model
+from model.optimize import make_optimizer
 from model.reference import GPT
-from model.train import make_optimizer
+from model.report import describe_backends
+from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +57,7 @@ class Models:
         return cls(ours, plain, copy.deepcopy(weights).double().train())
 
 
-def run_forward(model: nn.Module, batch: Batch, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+def run_forward(model: Model, batch: Batch, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     """(logits, loss) of a batch; bf16 is autocast over fp32 weights, and a float64 model is left alone."""
     options = {"return_logits": True} if isinstance(model, FastGPT) else {}
     bf16 = dtype is torch.bfloat16 and next(model.parameters()).dtype is torch.float32
@@ -64,7 +66,7 @@ def run_forward(model: nn.Module, batch: Batch, dtype: torch.dtype, seed: int) -
     return logits, loss
 
 
-def outcome(model: nn.Module, batch: Batch, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def outcome(model: Model, batch: Batch, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Logits, loss and the gradient of every parameter."""
     model.zero_grad(set_to_none=True)
     logits, loss = run_forward(model, batch, dtype, seed)
@@ -88,9 +90,7 @@ def compare_outcomes(models: Models, batches: Sequence[Batch], dtype: torch.dtyp
     return [pooled(of_quantity, dtype) for of_quantity in rows.values()]
 
 
-def training_losses(
-    model: nn.Module, batches: Sequence[Batch], dtype: torch.dtype, config: Config, seed: int
-) -> Tensor:
+def training_losses(model: Model, batches: Sequence[Batch], dtype: torch.dtype, config: Config, seed: int) -> Tensor:
     """The loss before each of the steps, with the preset's optimizer at its full learning rate."""
     optimizer = make_optimizer(model, config)
     losses = []
@@ -123,14 +123,16 @@ class Subject:
     description: str
 
 
-def subject(name: str, seed: int) -> Subject:
+def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     """A run folder's trained model on its text, or a preset's fresh model on random tokens."""
-    if Path(name).is_dir():
+    if holds_run(Path(name)):
+        if overrides:
+            raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
         model, tokenizer, config = load_model(name)
         weights = model.to_reference() if isinstance(model, FastGPT) else model
         dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
         return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
-    config, _ = resolve(name)
+    config, _ = resolve(name, list(overrides))
     if not config.model.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=CHARACTERS))
     torch.manual_seed(seed)
@@ -158,33 +160,45 @@ def check(what: Subject, *, steps: int, backend: str, dtype: torch.dtype, seed: 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of `check`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gptkernels check",
+        usage="gptkernels check [PRESET | RUN] [key=value ...] [options]",
         description="Is the fast model the same function as the reference? Logits, loss, every gradient and some training"
         " steps are compared; the fast model may err twice as much against float64 as plain PyTorch does.",
+        epilog="exit status: 0 the same function, 1 another one, 2 it could not be checked",
     )
     parser.add_argument(
-        "name", nargs="?", default="shakespeare-cpu", help="a preset or a run folder (default %(default)s)"
+        "words", nargs="*", help="a preset with settings as in train, or a run folder (shakespeare-cpu)"
     )
     parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default 20)")
     parser.add_argument("--backend", default="auto", help="backend of the fast model (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast over fp32 weights")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and dropout (default 0)")
     parser.add_argument("--all", action="store_true", help="show every gradient, not only the worst")
-    args = parser.parse_args(argv)
+    args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option
+    if unknown := [word for word in later if word.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    words = [*args.words, *later]
+    args.overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word] or ["shakespeare-cpu"]
+    if len(names) > 1:
+        parser.error(f"one preset or run, got {' and '.join(names)}")
     if args.steps < 0:
         parser.error(f"--steps must not be negative, got {args.steps}")
+    args.name = names[0]
     return args
 
 
 def main(argv: list[str]) -> int:
     """`gptkernels check`: a table, a sentence, and one line of JSON; 1 if any row fails."""
     args = parse(argv)
-    what = subject(args.name, args.seed)
-    rows = check(what, steps=args.steps, backend=args.backend, dtype=DTYPES[args.dtype], seed=args.seed)
-    settings = {"name": what.name, "dtype": args.dtype, "backend": args.backend, "seed": args.seed, "steps": args.steps}
-    print(f"check {what.name}, {args.dtype}, backend {args.backend}: {what.description}\n")
+    what, dtype = subject(args.name, args.overrides, args.seed), DTYPES[args.dtype]
+    backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
+    print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
+    print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
+    rows = check(what, steps=args.steps, backend=args.backend, dtype=dtype, seed=args.seed)
     print(table(rows, show_all=args.all))
     print(f"\n{sentence(rows)}")
-    print(json_line(rows, settings | {"data": what.description}))
+    settings = {name: getattr(args, name) for name in ("name", "overrides", "dtype", "backend", "seed", "steps")}
+    print(json_line(rows, settings | {"backends": backends, "data": what.description}))
     return 0 if all(row.passed for row in rows) else 1

@@ -108,7 +108,10 @@ class FastGPT(nn.Module):
 
     def embed(self, idx: Tensor) -> Tensor:
         """(B, T, C): token plus position."""
-        x = F.embedding(idx, self.transformer.wte.weight)
+        # A tied table's gradient is dense from the head: the few rows that were looked up are added to it in place, where a
+        # dense gradient of the look-up would be a second table, zeroed and added as a whole. The compiler has no such form.
+        sparse = self.config.tie and not torch.compiler.is_compiling()
+        x = F.embedding(idx, self.transformer.wte.weight, sparse=sparse)
         T = idx.shape[1]
         if self.config.pos == "learned":
             table = self.transformer.wpe.weight
@@ -137,3 +140,6 @@ class FastGPT(nn.Module):
         fc, proj = mlp.c_fc, mlp.c_proj
         approximate = "tanh" if self.config.act == "gelu_tanh" else "none"
         return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=self.backend)
+
+
+Model = GPT | FastGPT

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from model.fast import Model
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -36,7 +38,7 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     prompt: Tensor,
     tokens: int,
     *,
@@ -48,7 +50,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield `tokens` new tokens after the prompt (T,) int64; the model sees the last `context` of all.
 
-    vocabulary is how many tokens have a meaning: a head padded beyond them is never asked for the rest. The same model, prompt, settings and seed give the same tokens. The model is in eval mode while it is asked.
+    vocabulary is how many tokens have a meaning: a head padded beyond them is never asked for the rest. The same model,
+    prompt, settings and seed give the same tokens. The model is in eval mode while it is asked.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
@@ -58,7 +61,7 @@ def generate(
 
 
 def sample_tokens(
-    model: nn.Module,
+    model: Model,
     prompt: Tensor,
     tokens: int,
     vocabulary: int | None,

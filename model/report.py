@@ -1,109 +1,45 @@
-"""What a user sees of a run: start card, progress, end card, and the files of the run folder."""
+"""What a run is and what came out of it, in figures and words: start card, step line, end card."""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-import os
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch import nn
 
+from gptkernels.backend import cpu_library
 from gptkernels.cost import training_step
 from model.config import Config
 from model.data import Dataset
-from model.loss_svg import loss_svg
-
-COLUMNS = ("step", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "val_loss", "val_loss_random")
+from model.fast import Model
 
 
-class Progress:
-    """Lines of a run: in place on a terminal, every so often elsewhere, none when quiet."""
-
-    def __init__(self, quiet: bool = False, stream: IO[str] | None = None) -> None:
-        self.stream = stream or sys.stdout
-        self.quiet = quiet
-        self.in_place = self.stream.isatty()
-
-    def update(self, line: str, keep: bool) -> None:
-        """Show the state of the run; keep is whether the line is worth staying where lines cannot be overwritten."""
-        if self.quiet or not (self.in_place or keep):
-            return
-        self.stream.write(f"\r\x1b[K{line}" if self.in_place else f"{line}\n")
-        self.stream.flush()
-
-    def note(self, text: str) -> None:
-        """Show text that stays."""
-        if not self.quiet:
-            self.stream.write(f"\r\x1b[K{text}\n" if self.in_place else f"{text}\n")
-            self.stream.flush()
-
-
-class Metrics:
-    """metrics.csv of a run, flushed at each row: a run that dies leaves its curve."""
-
-    def __init__(self, path: Path, last_step: int = 0) -> None:
-        """Open the file; a resumed run keeps the rows up to its checkpoint's step and writes the later ones anew."""
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= last_step]
-        self.file = path.open("w", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-        self.file.flush()
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; columns that it lacks stay empty."""
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics.csv, none when there is no file: a killed run can leave a torn last line."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
-
-
-def write_loss_svg(folder: Path) -> None:
-    """Draw metrics.csv as loss.svg."""
-    rows = read_metrics(folder / "metrics.csv")
-
-    def points(column: str) -> list[tuple[float, float]]:
-        return [(float(row["step"]), float(row[column])) for row in rows if row[column]]
-
-    (folder / "loss.svg").write_text(loss_svg(folder.name, points("loss"), points("val_loss")), encoding="utf-8")
-
-
-def environment(config: Config, dataset: Dataset, parameters: int) -> dict[str, Any]:
+def environment(model: Model, dataset: Dataset, device: torch.device, backends: Mapping[str, str]) -> dict[str, Any]:
     """What a figure of this run depends on beside its configuration."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "processor": processor_name(),
+        "device": device_name(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_library": cpu_library()[0],
         "threads": torch.get_num_threads(),
-        "parameters": parameters,
+        "backends": dict(backends),
+        "parameters": count_parameters(model),
         "data": dataset.source,
         "data_sha256": dataset.sha256,
         "command": sys.argv,
     }
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A readable JSON file."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def device_name(device: torch.device) -> str:
+    """The name of what computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def processor_name() -> str:
@@ -117,13 +53,15 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of the GPU's tensors, or on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(model: Model) -> int:
     """Numbers to train; a tied tensor counts once."""
     return sum(p.numel() for p in model.parameters())
 
@@ -135,17 +73,22 @@ def flops_a_token(config: Config) -> int:
     return step.flops // (B * m.context)
 
 
-def number(value: float | None) -> str:
-    """Four digits, or a dash for what was not measured."""
-    return "-" if value is None else f"{value:.4f}"
+def activation_bytes(config: Config, backends: Mapping[str, str]) -> int:
+    """What the forward of a step keeps for its backward, estimated by counting the tensors of a layer.
 
-
-def duration(seconds: float) -> str:
-    """9.5s, 3m01s, 2h05m."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes = int(seconds) // 60
-    return f"{minutes}m{int(seconds) % 60:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+    On our kernels a token keeps in each layer two residual sums, two norms, q, k, v, the attention's output and the MLP's
+    pre-activation: 12 C, two statistics for each head and norm. Plain PyTorch keeps every step of every formula: about
+    30 C, its row of the attention matrix in each head, and the logits. bf16 halves all but the residual sums.
+    """
+    m, t = config.model, config.train
+    C, half = m.n_embd, t.dtype == "bf16"
+    if set(backends.values()) - {"reference"}:
+        layer = (7.0 if half else 12.0) * C + 2 * m.n_head + 4
+        rest = (1.5 if half else 2.0) * C + 4
+    else:
+        matrices = 1 + (2.25 if m.dropout else 0.0)
+        layer, rest = 30.0 * C + matrices * m.n_head * m.context, 3.0 * C + m.vocab_size
+    return int(4 * t.batch * m.context * (m.n_layer * layer + rest))
 
 
 def count(value: float) -> str:
@@ -156,19 +99,61 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def start_card(config: Config, dataset: Dataset, model: nn.Module, device: torch.device, folder: Path) -> str:
+def size(value: float) -> str:
+    """9.5 MiB, 408 MiB, 3.1 GiB."""
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if value >= limit:
+            return f"{value / limit:.{0 if value >= 100 * limit else 1}f} {unit}"
+    return f"{value / 2**10:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """9.5s, 3m01s, 2h05m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes = int(seconds) // 60
+    return f"{minutes}m{int(seconds) % 60:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash for what was not measured."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def describe_backends(backends: Mapping[str, str]) -> str:
+    """Operators by the backend that they get; the reference model has none."""
+    by_backend: dict[str, list[str]] = {}
+    for operator, backend in backends.items():
+        by_backend.setdefault(backend, []).append(operator)
+    parts = [f"{backend} ({', '.join(operators)})" for backend, operators in by_backend.items()]
+    return "; ".join(parts) or "none: model=reference is plain PyTorch"
+
+
+def start_card(
+    config: Config,
+    dataset: Dataset,
+    model: Model,
+    device: torch.device,
+    backends: Mapping[str, str],
+    folder: Path,
+) -> str:
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
-    parameters = count_parameters(model)
-    tokens = t.batch * m.context
-    # Parameter, gradient and AdamW's two moments.
-    state = parameters * 16 / 2**20
-    parts = "plain PyTorch" if t.model == "reference" else f"gptkernels, backend {t.backend}"
+    parameters, threads = count_parameters(model), torch.get_num_threads()
+    state, activations = parameters * 16, activation_bytes(config, backends)
+    tokens = f"{t.batch} x {m.context} = {t.batch * m.context:,} tokens"
+    processor = f"{device}, {device_name(device)}"
     rows = [
-        ("model", f"{t.model} ({parts}), {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context {m.context}"),
-        ("parameters", f"{parameters:,} (with gradients and optimizer {state:.1f} MiB)"),
-        ("step", f"{t.batch} x {m.context} = {tokens:,} tokens, {count(flops_a_token(config))}FLOP a token, {t.dtype}"),
-        ("device", f"{device}, {torch.get_num_threads()} threads, {processor_name()}"),
+        ("model", f"{t.model}, {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context {m.context}"),
+        ("parameters", f"{parameters:,}"),
+        ("step", f"{tokens}, {count(flops_a_token(config))} FLOPs a token, {t.dtype}"),
+        (
+            "memory",
+            f"about {size(state + activations)}: weights, gradients, AdamW {size(state)}, kept activations "
+            f"{size(activations)} (beside Python and torch)",
+        ),
+        ("device", processor + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
+        ("backends", describe_backends(backends)),
         ("data", f"{dataset.source}, {len(dataset.tokenizer)} characters, sha256 {dataset.sha256[:12]}"),
         ("split", f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate"),
         ("seed", str(t.seed)),
@@ -177,35 +162,51 @@ def start_card(config: Config, dataset: Dataset, model: nn.Module, device: torch
     return "\n".join(f"{name:>12}  {text}" for name, text in rows)
 
 
-def step_line(step: int, steps: int, loss: float, lr: float, grad_norm: float, ms: float, tokens: int) -> str:
-    """The state after a step; ms is the recent time a step, blank until there is one."""
-    parts = [
-        f"step {step}/{steps} {100 * step // steps}%",
-        f"loss {loss:.4f}",
-        f"lr {lr:.1e}",
-        f"gnorm {grad_norm:.2f}",
-    ]
-    if math.isfinite(ms):
-        eta = duration((steps - step) * ms / 1e3)
-        parts += [f"{ms:.1f} ms", f"{count(tokens / ms * 1e3)} tok/s", f"eta {eta}"]
-    return " | ".join(parts)
+def step_figures(row: Mapping[str, Any], steps: int, ms: float | None, tokens: int, memory: int) -> dict[str, str]:
+    """The state after a step by names; ms is the recent time of a step, left out until there is one."""
+    step = row["step"]
+    figures = {
+        "step": f"step {step}/{steps} {100 * step // steps}%",
+        "loss": f"loss {row['loss']:.4f}",
+        "lr": f"lr {row['lr']:.1e}",
+        "gnorm": f"gnorm {row['grad_norm']:.2f}",
+    }
+    if ms is not None:
+        figures |= {"ms": f"{ms:.1f} ms", "speed": f"{count(tokens / ms * 1e3)} tok/s"}
+    figures["memory"] = size(memory)
+    if ms is not None:
+        figures["eta"] = f"eta {duration((steps - step) * ms / 1e3)}"
+    return figures
 
 
-def end_card(result: Mapping[str, Any], sample: str, next_commands: Sequence[str]) -> str:
+def end_card(result: Mapping[str, Any], commands: Sequence[str]) -> str:
     """What came out, and what to do with it."""
+    files = sorted(path.name for path in Path(result["run"]).iterdir() if not path.name.startswith("."))
     rows = [
         (
             "validation",
-            f"final {result['val_loss']:.4f}, best {result['best_val_loss']:.4f} at step {result['best_step']}; "
+            f"final {result['val_loss']:.4f}, best {number(result['best_val_loss'])} at step {result['best_step']}; "
             f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits a byte (whole validation part)",
         ),
         ("nanoGPT's way", f"{number(result['val_loss_random'])} (random windows)"),
         ("time", f"{duration(result['seconds'])}, of it training {duration(result['train_seconds'])}"),
         ("speed", f"{result['ms']:.2f} ms a step (median), {count(result['tokens_per_s'])} tokens/s"),
-        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
-        ("run folder", f"{result['run']} ({', '.join(sorted(os.listdir(result['run'])))})"),
+        ("peak memory", size(result["peak_memory_bytes"])),
+        ("run folder", f"{result['run']} ({', '.join(files)})"),
     ]
     card = "\n".join(f"{name:>14}  {text}" for name, text in rows)
-    if sample:
-        card += "\n\n" + sample
-    return card + "\n\nnext:\n" + "\n".join(f"  {command}" for command in next_commands)
+    if result["sample"]:
+        card += f"\n\n{result['sample']}"
+    return card + "\n\nnext:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def next_commands(folder: Path, dataset: Dataset, config: Config) -> list[str]:
+    """What to do with a finished run; the prompt is how the text itself begins."""
+    run = shlex.quote(str(folder))
+    lines = dataset.tokenizer.decode(dataset.train[:200]).splitlines()
+    prompt = next((line.strip() for line in lines if line.strip()), dataset.tokenizer.start)[:20]
+    return [
+        f"gptkernels sample {run} {shlex.quote(prompt)}",
+        f"gptkernels train --resume {run} steps={2 * config.train.steps}",
+        f"gptkernels check {run}   # the fast model against the reference, on these weights",
+    ]

@@ -74,7 +74,7 @@ def write_cached(name: str, text: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name}.{os.getpid()}"
         temporary.write_bytes(text.encode("utf-8"))
-        os.replace(temporary, folder / name)
+        temporary.replace(folder / name)
     except OSError as error:
         print(f"gptkernels: the text is not cached: {error}", file=sys.stderr)
 
@@ -147,8 +147,11 @@ def plain_play(markdown: str) -> str:
         elif speaker:
             speaking = True
             speeches.append([f"{speaker.group(1)}:"])
-        elif line and speaking:
-            # Left over in a line: escaped and emphasised directions, as in `_\[Aside]_ Good night`.
-            if spoken := re.sub(r"_\\\[.*?\]_", "", line).replace("\\", "").replace("_", "").strip():
-                speeches[-1].append(spoken)
+        elif speaking and (spoken := spoken_part(line)):
+            speeches[-1].append(spoken)
     return "".join("\n".join(speech) + "\n\n" for speech in speeches if len(speech) > 1).rstrip("\n") + "\n"
+
+
+def spoken_part(line: str) -> str:
+    """A line without escapes, emphasis and directions inside it, as in `_\\[Aside]_ Good night`."""
+    return re.sub(r"_\\\[.*?\]_", "", line).replace("\\", "").replace("_", "").strip()

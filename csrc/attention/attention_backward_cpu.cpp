@@ -1,7 +1,7 @@
 // Causal attention backward (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
 //
-//     P = exp(scale Q K^T - m) / l;  dP = dout V^T;  delta = rowsum(P * dP) = rowsum(dout * out);  dS = P * (dP - delta)
-//     dV = P^T dout;  dK = scale dS^T Q;  dQ = scale dS K          (with dropout, P in dV and dP carry the mask)
+//     P = exp(scale Q K^T - m) / l;  dP = dout V^T;  delta = rowsum(P * dP) = rowsum(dout * out);  dS = P * (dP -
+//     delta) dV = P^T dout;  dK = scale dS^T Q;  dQ = scale dS K          (with dropout, P in dV and dP carry the mask)
 //
 // A task owns a head, so every sum has one owner and one order: deterministic without atomics, at 5 products a tile. It
 // walks over tiles of queries; dQ of the tile stays in the L1 and L2 caches, dK and dV of the head in fp32 rows.
@@ -24,16 +24,17 @@ struct Backward {
     Heads dq, dk, dv;
 
     struct Memory {
-        float *keys, *values, *dkeys, *dvalues;                              // the head
-        float *queries, *douts, *query_columns, *dout_columns, *dqueries;    // a tile of queries
-        float *weights, *dscores, *factors;                                  // a tile of scores
+        float *keys, *values, *dkeys, *dvalues;                            // the head
+        float *queries, *douts, *query_columns, *dout_columns, *dqueries;  // a tile of queries
+        float *weights, *dscores, *factors;                                // a tile of scores
     };
     static Memory memory(int64_t padded_keys) {
         int64_t head = padded_keys * LD, rows = BQ * LD, tile = BK * BQ;
         float* at = workspace_of<float>(Slot::OPERATOR_THREAD, 4 * head + 5 * rows + 3 * tile);
         Memory m;
         for (float** part : {&m.keys, &m.values, &m.dkeys, &m.dvalues}) *part = at, at += head;
-        for (float** part : {&m.queries, &m.douts, &m.query_columns, &m.dout_columns, &m.dqueries}) *part = at, at += rows;
+        for (float** part : {&m.queries, &m.douts, &m.query_columns, &m.dout_columns, &m.dqueries})
+            *part = at, at += rows;
         for (float** part : {&m.weights, &m.dscores, &m.factors}) *part = at, at += tile;
         return m;
     }
@@ -67,8 +68,8 @@ struct Backward {
         for (int j = 0; j < QV; ++j) rows.delta[j] = load(delta + j * W);
     }
 
-    // The same from a tile that holds all keys of its rows, by the very numbers that it is subtracted from: a query that
-    // sees one key has a gradient of exactly 0, whatever out was rounded to.
+    // The same from a tile that holds all keys of its rows, by the very numbers that it is subtracted from: a query
+    // that sees one key has a gradient of exactly 0, whatever out was rounded to.
     static void delta_of_tile(const Place& place, const float* weights, float* dweights, Rows& rows) {
         for (vf& delta : rows.delta) delta = vf{};
         for_visible(place, dweights, [&](int64_t k, int64_t q, vf dw) {

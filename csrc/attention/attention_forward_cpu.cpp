@@ -1,9 +1,10 @@
-// Causal attention forward: online softmax over tiles of keys (Dao et al. 2022, arXiv 2205.14135; 2023, arXiv 2307.08691).
+// Causal attention forward: online softmax over tiles of keys (Dao et al. 2022, arXiv 2205.14135; 2023, arXiv
+// 2307.08691).
 //
-// A task owns a head, or every n-th query tile of one where heads are fewer than threads can share. It copies the head's K
-// and V into fp32 rows (T D of copying against T^2 D of arithmetic), then for each tile of 64 queries walks over the tiles
-// of keys up to the diagonal: scores, running maximum m and sum l, weights, out. Only the diagonal's tiles are masked.
-// flops: 2 T S D a head (half of 4 T S D); memory: K, V and one tile; arithmetic binds.
+// A task owns a head, or every n-th query tile of one where heads are fewer than threads can share. It copies the
+// head's K and V into fp32 rows (T D of copying against T^2 D of arithmetic), then for each tile of 64 queries walks
+// over the tiles of keys up to the diagonal: scores, running maximum m and sum l, weights, out. Only the diagonal's
+// tiles are masked. flops: 2 T S D a head (half of 4 T S D); memory: K, V and one tile; arithmetic binds.
 #include <algorithm>
 #include <cmath>
 
@@ -51,12 +52,13 @@ struct Forward {
         }
     }
 
-    // tile = exp(tile - from); returns its sum over keys in l. Eight keys at a time: a sum of sums errs less than a chain.
+    // tile = exp(tile - from); returns its sum over keys in l. Eight keys at a time: a sum of sums errs less than a
+    // chain.
     static void exponentials(const Place& place, const vf (&from)[QV], float* tile, vf (&l)[QV]) {
         for (int64_t begin = 0; begin < place.keys; begin += 8) {
             vf total[QV] = {};
             for (int64_t k = begin; k < std::min(begin + 8, place.keys); ++k)
-                for (int j = place.first_query(k) / W; j < QV; ++j) {
+                for (int64_t j = place.first_vector(k) / W; j < QV; ++j) {
                     vf x = exp(load(tile + k * BQ + j * W) - from[j]);
                     store(tile + k * BQ + j * W, x);
                     total[j] += x;
@@ -87,7 +89,8 @@ struct Forward {
             }
             if (key > 0)
                 for (int i = 0; i < BQ; ++i)
-                    for (int64_t d = 0; d < p.D; d += W) store(w.sums + i * LD + d, alpha[i] * load(w.sums + i * LD + d));
+                    for (int64_t d = 0; d < p.D; d += W)
+                        store(w.sums + i * LD + d, alpha[i] * load(w.sums + i * LD + d));
             add_over_keys<LD>(place, w.tile, w.values + key * LD, p.D, w.sums);
         }
         alignas(64) float largest[BQ], total[BQ];

@@ -32,7 +32,9 @@ Attention problem(int64_t B, int64_t H, int64_t T, int64_t S, int64_t D, double 
     STD_TORCH_CHECK(D <= MAX_HEAD_DIM, "gptkernels attention takes a head dim up to ", MAX_HEAD_DIM, ", got ", D);
     STD_TORCH_CHECK(dropout_p == 0.0 || seed.has_value(), "gptkernels attention needs a seed for dropout ", dropout_p);
     uint64_t key = seed ? (uint64_t)*static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
-    return {B, H, T, S, D, (float)scale, (uint32_t)std::floor(dropout_p * 4294967296.0), (float)(1.0 / (1.0 - dropout_p)), key};
+    return {
+        B,  H, T, S, D, (float)scale, (uint32_t)std::floor(dropout_p * 4294967296.0), (float)(1.0 / (1.0 - dropout_p)),
+        key};
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
@@ -44,13 +46,13 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
     return {torch::stable::transpose(out, 1, 2), stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& out, const Tensor& stats, double scale, double dropout_p,
-                                                      const MaybeTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& stats,
+                                                      double scale, double dropout_p, const MaybeTensor& seed) {
     Tensor dq = empty_as(q), dk = empty_as(k), dv = empty_as(v);
     attention_backward_cpu(problem(q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), scale, dropout_p, seed),
-                           heads(dout), heads(q), heads(k), heads(v), heads(out), static_cast<const float*>(data_of(stats)),
-                           heads(dq), heads(dk), heads(dv));
+                           heads(dout), heads(q), heads(k), heads(v), heads(out),
+                           static_cast<const float*>(data_of(stats)), heads(dq), heads(dk), heads(dv));
     return {dq, dk, dv};
 }
 
@@ -63,13 +65,13 @@ std::tuple<Tensor, Tensor> attention_packed_forward(const Tensor& qkv, double sc
     return {out, stats};
 }
 
-Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& stats, double scale,
-                                 double dropout_p, const MaybeTensor& seed) {
+Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& stats,
+                                 double scale, double dropout_p, const MaybeTensor& seed) {
     int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
     Tensor dqkv = empty_as(qkv);
-    attention_backward_cpu(problem(B, H, T, T, D, scale, dropout_p, seed), token_major(dout), part(qkv, 0), part(qkv, 1),
-                           part(qkv, 2), token_major(out), static_cast<const float*>(data_of(stats)), part(dqkv, 0),
-                           part(dqkv, 1), part(dqkv, 2));
+    attention_backward_cpu(problem(B, H, T, T, D, scale, dropout_p, seed), token_major(dout), part(qkv, 0),
+                           part(qkv, 1), part(qkv, 2), token_major(out), static_cast<const float*>(data_of(stats)),
+                           part(dqkv, 0), part(dqkv, 1), part(dqkv, 2));
     return dqkv;
 }
 

@@ -20,15 +20,19 @@ constexpr int MR = W == 16 ? 8 : 4;
 // Where a tile lies: key k of it is visible to its query q when k + diagonal <= q.
 struct Place {
     int64_t diagonal;
-    int64_t keys;  // of the tile's BK, those that any query of it sees
+    int64_t keys;  // of the tile's BK, those that any query of it sees, to the end of their register tile: the rest is
+                   // masked
 
     int first_query(int64_t k) const { return k + diagonal > 0 ? (int)(k + diagonal) : 0; }
+    // Where the vectors of key k begin: with those of its register tile's first key, since add_over_queries reads the
+    // tile's rows from there.
+    int64_t first_vector(int64_t k) const { return first_query(k / MR * MR) / W * W; }
     int64_t keys_of(int64_t q) const { return q - diagonal + 1 < keys ? q - diagonal + 1 : keys; }
 };
 
 inline Place place_of(const Attention& p, int64_t query, int64_t queries, int64_t key) {
     int64_t seen = query + queries + p.S - p.T - key;
-    return {key - (query + p.S - p.T), seen < BK ? seen : BK};
+    return {key - (query + p.S - p.T), seen < BK ? (seen + MR - 1) / MR * MR : BK};
 }
 
 // Keys that the queries [query, query + queries) see.
@@ -51,7 +55,8 @@ void copy_rows(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t rows, in
 }
 template <int LD>
 void copy_in(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t rows, int64_t padded, int64_t D, float* out) {
-    x.is_bf16 ? copy_rows<LD, bf16>(x, b, h, t, rows, padded, D, out) : copy_rows<LD, float>(x, b, h, t, rows, padded, D, out);
+    x.is_bf16 ? copy_rows<LD, bf16>(x, b, h, t, rows, padded, D, out)
+              : copy_rows<LD, float>(x, b, h, t, rows, padded, D, out);
 }
 
 // A row of fp32 numbers out to where token t of a head lies.
@@ -74,9 +79,11 @@ void transpose_rows(const float* rows, int64_t D, float factor, float* out) {
         }
 }
 
-// sums (MR x V vectors) += a b over `depth`: element (i, n) of a at a[i * A_ROW + n * A_STEP], row n of b at b[n * B_STEP].
+// sums (MR x V vectors) += a b over `depth`: element (i, n) of a at a[i * A_ROW + n * A_STEP], row n of b at b[n *
+// B_STEP].
 template <int V, int A_ROW, int A_STEP, int B_STEP>
 inline void multiply(vf (&sums)[MR][V], const float* a, const float* b, int64_t depth) {
+#pragma GCC unroll 2
     for (int64_t n = 0; n < depth; ++n) {
         vf bv[V];
 #pragma GCC unroll 2
@@ -88,8 +95,8 @@ inline void multiply(vf (&sums)[MR][V], const float* a, const float* b, int64_t 
     }
 }
 
-// c (MR rows C_STEP apart, V vectors) = a b, or += where ADD: added once, at the end, so that a sum of pieces errs by a term
-// in their length and their number, not in its whole length.
+// c (MR rows C_STEP apart, V vectors) = a b, or += where ADD: added once, at the end, so that a sum of pieces errs by a
+// term in their length and their number, not in its whole length.
 template <bool ADD, int V, int A_ROW, int A_STEP, int B_STEP, int C_STEP>
 inline void product_tile(const float* a, const float* b, int64_t depth, float* c) {
     vf sums[MR][V] = {};
@@ -144,12 +151,6 @@ void add_over_queries(const Place& place, const float* tile, const float* rows, 
     }
 }
 
-inline vi lanes() {
-    vi lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    return lane;
-}
-
 // x where key k is visible to the queries from q on, `hidden` elsewhere.
 inline vf causal(const Place& place, int64_t k, int64_t q, vf x, float hidden) {
     if (k + place.diagonal <= q) return x;
@@ -160,16 +161,16 @@ inline vf causal(const Place& place, int64_t k, int64_t q, vf x, float hidden) {
 template <class F>
 inline void for_visible(const Place& place, float* tile, const F& f) {
     for (int64_t k = 0; k < place.keys; ++k)
-        for (int64_t q = place.first_query(k) / W * W; q < BQ; q += W)
+        for (int64_t q = place.first_vector(k); q < BQ; q += W)
             store(tile + k * BQ + q, f(k, q, load(tile + k * BQ + q)));
 }
 
-// Dropout's factors for a tile of head (b, h): keep_scale where an element is kept, 0 where it is dropped. Element (row,
-// col), counted on the keys' axis, looks at word col % 4 of counter (col / 4, row, h, b).
+// Dropout's factors for a tile of head (b, h): keep_scale where an element is kept, 0 where it is dropped. Element
+// (row, col), counted on the keys' axis, looks at word col % 4 of counter (col / 4, row, h, b).
 inline void dropout_factors(const Attention& p, const Place& place, int64_t b, int64_t h, int64_t query, int64_t key,
                             float* factors) {
     for (int64_t k = 0; k < place.keys; k += 4)
-        for (int64_t q = place.first_query(k) / W * W; q < BQ; q += W) {
+        for (int64_t q = place.first_vector(k); q < BQ; q += W) {
             vu zero{};
             vu words[4] = {zero + (uint32_t)((key + k) / 4), (vu)lanes() + (uint32_t)(query + q + p.S - p.T),
                            zero + (uint32_t)h, zero + (uint32_t)b};

@@ -4,10 +4,10 @@
 // 140 GFLOP/s in fp32 at GPT shapes on 2 cores; this: see README) and because bias, GELU, softmax gradients and dtype
 // conversions then cost no pass over memory of their own.
 //
-// The scheme is Goto and van de Geijn's (2008, ACM TOMS 34:3). A task owns a block of C of MC x NC. For each slice of KC
-// along K it packs B's slice into panels NR wide (L2), then A MR rows at a time (L1), and multiplies them in registers:
-// MR x NR accumulators. Partial sums of several slices wait in a scratch buffer. Tasks share nothing, the order of every
-// sum is fixed by the shape: results do not depend on the number of threads.
+// The scheme is Goto and van de Geijn's (2008, ACM TOMS 34:3). A task owns a block of C of MC x NC. For each slice of
+// KC along K it packs B's slice into panels NR wide (L2), then A MR rows at a time (L1), and multiplies them in
+// registers: MR x NR accumulators. Partial sums of several slices wait in a scratch buffer. Tasks share nothing, the
+// order of every sum is fixed by the shape: results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@
 
 namespace gptkernels {
 
-// A factor as it lies in memory. k_contiguous: element (i, k) at data[i * ld + k], else at data[k * ld + i], where i counts
-// A's rows or B's columns.
+// A factor as it lies in memory. k_contiguous: element (i, k) at data[i * ld + k], else at data[k * ld + i], where i
+// counts A's rows or B's columns.
 struct Factor {
     const void* data;
     int64_t ld;
@@ -25,8 +25,8 @@ struct Factor {
     bool k_contiguous;
 };
 
-// Rows [row, row + rows) and columns [col, col + cols) of C in fp32; element (i, j) at values[i * ld + j]. Readable up to
-// the next multiple of W columns.
+// Rows [row, row + rows) and columns [col, col + cols) of C in fp32; element (i, j) at values[i * ld + j]. Readable up
+// to the next multiple of W columns.
 struct Tile {
     int64_t row, col;
     int rows, cols;
@@ -36,9 +36,10 @@ struct Tile {
 
 typedef void (*Epilogue)(const void* context, const Tile& tile);
 
-// With `bf16_product` both factors are rounded to bf16 and multiplied with bf16 dot products where the CPU has them, always
-// accumulated in fp32. Every element of C is handed over exactly once, also when K is 0.
-void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product, Epilogue epilogue, const void* context);
+// With `bf16_product` both factors are rounded to bf16 and multiplied with bf16 dot products where the CPU has them,
+// always accumulated in fp32. Every element of C is handed over exactly once, also when K is 0.
+void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product, Epilogue epilogue,
+          const void* context);
 
 // The usual epilogue: C (M, N) = A B + bias, in C's dtype; `add` adds to what is there (fp32 C only).
 struct Output {

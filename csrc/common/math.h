@@ -5,11 +5,12 @@
 
 namespace gptkernels {
 
-// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2; the polynomial is the Taylor series to r^7/5040, below fp32's ulp.
-// Below -87.3 the result would be denormal: it is 0. Above 88 it stays at e^88, so that 1/(1 + e^x) needs no check.
+// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2; the polynomial is the Taylor series to r^7/5040, below fp32's
+// ulp. Below -87.3 the result would be denormal: it is 0. Above 88 it stays at e^88, so that 1/(1 + e^x) needs no
+// check.
 inline vf exp(vf x) {
-    const vf magic = all(12582912.0f);     // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
-    vf clamped = vmin(all(88.0f), x);      // in this order a NaN stays one
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+    vf clamped = vmin(all(88.0f), x);   // in this order a NaN stays one
     vf shifted = clamped * 1.44269504f + magic;
     vf n = shifted - magic;
     vf r = clamped - n * 0.693145752f;  // ln 2 in two pieces: the first ends in zero bits, so that n times it is exact

@@ -1,6 +1,6 @@
-// Packing of gemm's factors into the 32-bit units that its inner loop multiplies: a unit is one fp32 number, or two bf16
-// numbers of neighbouring k where the CPU has bf16 dot products. Elsewhere a bf16 product is an fp32 product of rounded
-// numbers, which is the same up to the order of its sums.
+// Packing of gemm's factors into the 32-bit units that its inner loop multiplies: a unit is one fp32 number, or two
+// bf16 numbers of neighbouring k where the CPU has bf16 dot products. Elsewhere a bf16 product is an fp32 product of
+// rounded numbers, which is the same up to the order of its sums.
 #pragma once
 
 #include "common/vec.h"
@@ -63,7 +63,8 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
                 memcpy(packed + (j / NR * units + u) * NR + j % NR, &x, sizeof x);
             }
         }
-        // An odd number of vectors leaves the last panel's upper half unwritten: nothing reads it (see gemm's tail kernel).
+        // An odd number of vectors leaves the last panel's upper half unwritten: nothing reads it (see gemm's tail
+        // kernel).
         return;
     }
     for (int64_t j = 0; j < cols; j += W) {
@@ -80,7 +81,7 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
 }
 
 // MR rows of A, k elements deep. Where k is contiguous: row by row, `stride` units apart; else [unit][MR].
-// Rows beyond `rows` are zero.
+// `rows` are there from the first one on: those beyond MR may be read, those that are not there are zero.
 template <Product P, class T, int MR>
 void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, uint32_t* packed, int64_t stride) {
     constexpr int S = PER_UNIT<P>;
@@ -97,9 +98,7 @@ void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, 
         const T* row = a + u * S * ld;
         const T* next = u * S + 1 < k ? row + ld : nullptr;
         for (int64_t i = 0; i < MR; i += W) {
-            int64_t n = rows - i < W ? rows - i : W;
-            if (n > MR - i) n = MR - i;
-            vu x = n > 0 ? units_across_k<P>(row + i, next ? next + i : nullptr, n) : vu{};
+            vu x = i < rows ? units_across_k<P>(row + i, next ? next + i : nullptr, rows - i) : vu{};
             // The last store of a unit runs over into the next one, which is written after it.
             memcpy(packed + u * MR + i, &x, sizeof x);
         }

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), W counters at a time.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), W counters at a
+// time.
 #pragma once
 
 #include "common/vec.h"

@@ -1,11 +1,12 @@
-// Vectors as wide as the instruction set that this translation unit is compiled for, by the compiler's vector extensions:
-// one source for AVX-512, AVX2 and everything else. Only the bf16 dot product and conversion use intrinsics.
+// Vectors as wide as the instruction set that this translation unit is compiled for, by the compiler's vector
+// extensions: one source for AVX-512, AVX2 and everything else. Only the bf16 dot product and conversion use
+// intrinsics.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -81,6 +82,15 @@ inline void store(bf16* p, vf x) {
     memcpy(p, &h, sizeof h);
 }
 
+inline vi lanes() {
+    vi lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return lane;
+}
+
+// All bits set in the first n lanes.
+inline vi first_lanes(int64_t n) { return lanes() < (int)n; }
+
 // Of the first n (0 to W) elements only; the other lanes of a load are zero.
 template <class T>
 inline vf load(const T* p, int64_t n) {
@@ -91,6 +101,9 @@ inline vf load(const T* p, int64_t n) {
     if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(mask, p);
     else return widen((vh)_mm256_maskz_loadu_epi16(mask, p));
 #else
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return (vf)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
+#endif
     T buffer[W] = {};
     for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
     return load(buffer);
@@ -105,6 +118,9 @@ inline void store(T* p, vf x, int64_t n) {
     if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, (__m512)x);
     else _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(x));
 #else
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return (void)_mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)x);
+#endif
     T buffer[W];
     store(buffer, x);
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
@@ -127,7 +143,8 @@ inline float max(vf x) {
     return largest;
 }
 
-// A W x W transpose of 32-bit lanes in log2(W) rounds: round s swaps the lanes that differ in bit s between rows that do.
+// A W x W transpose of 32-bit lanes in log2(W) rounds: round s swaps the lanes that differ in bit s between rows that
+// do.
 inline void transpose(vu (&r)[W]) {
     vu lane;
     for (int j = 0; j < W; ++j) lane[j] = (uint32_t)j;

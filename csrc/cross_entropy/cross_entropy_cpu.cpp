@@ -1,10 +1,10 @@
 // Linear head and cross-entropy, chunk of rows by chunk of rows (Hsu et al. 2024, arXiv 2410.10989, section 3).
 //
-// For a chunk: logits = x W^T into a workspace; row by row softmax, loss, and the logits' own gradient in their place while
-// the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three products and
-// no recomputation; the logits of one chunk are all that is held.
-// A chunk trades memory against passes over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows,
-// at which those passes cost about 5 % of the products.
+// For a chunk: logits = x W^T into a workspace; row by row softmax, loss, and the logits' own gradient in their place
+// while the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three
+// products and no recomputation; the logits of one chunk are all that is held. A chunk trades memory against passes
+// over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows, at which those passes cost about
+// 5 % of the products.
 #include "cross_entropy/cross_entropy_cpu.h"
 
 #include <algorithm>
@@ -20,6 +20,10 @@ namespace {
 
 constexpr int64_t CHUNK_LOGITS = 256 * 50304;
 
+// Vectors that are added up before their sum joins the total: a vocabulary's exponentials in one chain would err by eps
+// V / W.
+constexpr int64_t PIECE = 64;
+
 // Loss of a row of logits; with a scale, the row becomes scale (softmax - onehot(target)).
 float softmax_row(float* row, int64_t V, int64_t target, const float* scale) {
     float target_logit = row[target];
@@ -32,12 +36,16 @@ float softmax_row(float* row, int64_t V, int64_t target, const float* scale) {
     }
     float m = max(largest);
     vf acc{};
-    for (int64_t v = 0; v < V; v += W) {
-        vf e = exp(load(row + v, V - v) - m);
-        if (scale) store(row + v, e, V - v);
-        if (V - v < W)
-            for (int64_t i = V - v; i < W; ++i) e[i] = 0.0f;
-        acc += e;
+    for (int64_t begin = 0; begin < V; begin += PIECE * W) {
+        vf piece{};
+        for (int64_t v = begin; v < std::min(V, begin + PIECE * W); v += W) {
+            vf e = exp(load(row + v, V - v) - m);
+            if (scale) store(row + v, e, V - v);
+            if (V - v < W)
+                for (int64_t i = V - v; i < W; ++i) e[i] = 0.0f;
+            piece += e;
+        }
+        acc += piece;
     }
     float total = sum(acc);
     if (scale) {
@@ -85,7 +93,8 @@ float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* grad
             for (int64_t i = from; i < to; ++i) {
                 int64_t target = p.targets[begin + i];
                 float* row = logits + i * ld;
-                if (target != p.ignore_index) losses[begin + i] = softmax_row(row, p.V, target, gradients ? &scale : nullptr);
+                if (target != p.ignore_index)
+                    losses[begin + i] = softmax_row(row, p.V, target, gradients ? &scale : nullptr);
                 else if (gradients) std::fill(row, row + p.V, 0.0f);
             }
         });
@@ -93,7 +102,8 @@ float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* grad
         Factor weight_over_rows{p.weight.data, p.weight.ld, p.weight.is_bf16, false};
         Factor x_over_rows = rows_from(p.x, begin);
         x_over_rows.k_contiguous = false;
-        gemm(n, p.C, p.V, Factor{logits, ld, false, true}, weight_over_rows, p.bf16_product, rows_from(gradients->dx, begin));
+        gemm(n, p.C, p.V, Factor{logits, ld, false, true}, weight_over_rows, p.bf16_product,
+             rows_from(gradients->dx, begin));
         Output dweight{gradients->dweight_sums, p.C, false};
         dweight.add = begin > 0;
         gemm(p.V, p.C, n, Factor{logits, ld, false, false}, x_over_rows, p.bf16_product, dweight);

@@ -9,8 +9,8 @@ namespace {
 
 CrossEntropy problem(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t ignore_index, bool mean,
                      int64_t vocab_size) {
-    CrossEntropy p{x.size(0),  x.size(1),    vocab_size, over_columns(x), over_columns(weight), is_bf16(x),
-                   nullptr,    ignore_index, mean};
+    CrossEntropy p{x.size(0), x.size(1),    vocab_size, over_columns(x), over_columns(weight), is_bf16(x),
+                   nullptr,   ignore_index, mean};
     p.targets = static_cast<const int64_t*>(data_of(targets));
     int64_t bad = first_bad_target(p);
     STD_TORCH_CHECK(bad < 0, "targets must be in [0, ", vocab_size, ") or ignore_index ", ignore_index, ", got ",
@@ -30,8 +30,8 @@ Tensor linear_cross_entropy_forward(const Tensor& x, const Tensor& weight, const
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_gradients(const Tensor& x, const Tensor& weight,
-                                                                  const Tensor& targets, int64_t ignore_index, bool mean,
-                                                                  int64_t vocab_size) {
+                                                                  const Tensor& targets, int64_t ignore_index,
+                                                                  bool mean, int64_t vocab_size) {
     CrossEntropy p = problem(x, weight, targets, ignore_index, mean, vocab_size);
     Tensor dx = empty_as(x), dweight = empty_as(weight);
     // Chunks are added up in fp32: a bf16 weight's gradient is rounded once, at the end.

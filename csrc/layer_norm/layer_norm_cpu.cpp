@@ -2,8 +2,8 @@
 //
 // A row is read from memory once and kept in fp32 in the L1 cache; mean, then variance of the centred row (never
 // E[x^2] - E[x]^2), then the result. Bytes: x, residual in, y, total out; nothing else is touched, so memory binds.
-// Backward: one pass a row for both of its sums, one for dx; the rows of a chunk add their dweight and dbias into one fp32
-// row, and the chunks' rows are added in order. Chunks depend on N alone: the same bits on any number of threads.
+// Backward: one pass a row for both of its sums, one for dx; the rows of a chunk add their dweight and dbias into one
+// fp32 row, and the chunks' rows are added in order. Chunks depend on N alone: the same bits on any number of threads.
 #include "layer_norm/layer_norm_cpu.h"
 
 #include <algorithm>
@@ -54,16 +54,21 @@ struct Forward {
         return sum(acc) / (float)C;
     }
 
-    // row -= mean; returns 1 / sqrt(variance + eps).
-    static float centre_row(float* row, float mean, float eps, int64_t C) {
-        vf acc{};
+    // row -= mean. The mean is rounded, by a lot where it is large beside the deviation: what is left of it, the mean
+    // of the centred row, is taken out of the variance here, and out of the row by whoever reads it. Returns 1 /
+    // sqrt(variance + eps).
+    static float centre_row(float* row, float mean, float eps, int64_t C, float* rest) {
+        vf acc{}, squares{};
         for (int64_t c = 0; c < C; c += W) {
             vf centred = load(row + c) - mean;
             store(row + c, centred);
             if (C - c < W) centred = load(row + c, C - c);  // padding must not leak into the variance
-            acc += centred * centred;
+            acc += centred;
+            squares += centred * centred;
         }
-        return 1.0f / std::sqrt(sum(acc) / (float)C + eps);
+        *rest = sum(acc) / (float)C;
+        float variance = sum(squares) / (float)C - *rest * *rest;
+        return 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
     }
 
     static void run(const LayerNormForward& p, const float* weight, const float* bias, int64_t padded) {
@@ -72,13 +77,13 @@ struct Forward {
             float* row = workspace_of<float>(Slot::OPERATOR_THREAD, padded);
             for (int64_t n = begin; n < end; ++n) {
                 const TR* residual = p.residual.data ? static_cast<const TR*>(p.residual.data) + n * C : nullptr;
-                float mean =
-                    read_row(static_cast<const TX*>(p.x.data) + n * C, residual, static_cast<TS*>(p.total.data) + n * C, C, row);
-                float rstd = centre_row(row, mean, p.eps, C);
+                float mean = read_row(static_cast<const TX*>(p.x.data) + n * C, residual,
+                                      static_cast<TS*>(p.total.data) + n * C, C, row);
+                float rest, rstd = centre_row(row, mean, p.eps, C, &rest);
                 TY* y = static_cast<TY*>(p.y.data) + n * C;
                 for (int64_t c = 0; c < C; c += W)
-                    store(y + c, load(row + c) * rstd * load(weight + c) + load(bias + c), C - c);
-                p.mean[n] = mean;
+                    store(y + c, (load(row + c) - rest) * rstd * load(weight + c) + load(bias + c), C - c);
+                p.mean[n] = mean + rest;
                 p.rstd[n] = rstd;
             }
         });
@@ -90,14 +95,16 @@ struct Backward {
     const LayerNormBackward& p;
     const float* weight;
 
-    // Sums over the row of wdy and wdy * xhat; adds dy * xhat and dy to the chunk's rows.
-    void sums(const TDY* dy, const TX* x, float mean, float rstd, float* dweight, float* dbias, float* sum_wdy,
-              float* sum_wdy_xhat) const {
+    // Keeps wdy, by the rounding that its mean is taken of; sums wdy and wdy * xhat over the row; adds dy * xhat and dy
+    // to the chunk's rows.
+    void sums(const TDY* dy, const TX* x, float mean, float rstd, float* wdys, float* dweight, float* dbias,
+              float* sum_wdy, float* sum_wdy_xhat) const {
         vf a{}, b{};
         for (int64_t c = 0; c < p.C; c += W) {
             int64_t n = p.C - c;
             vf d = load(dy + c, n), xhat = (load(x + c, n) - mean) * rstd;
             vf wdy = d * load(weight + c);
+            store(wdys + c, wdy);
             a += wdy;
             b += wdy * xhat;
             store(dweight + c, load(dweight + c) + d * xhat);
@@ -113,12 +120,13 @@ struct Backward {
         const TX* dtotal = p.dtotal.data ? static_cast<const TX*>(p.dtotal.data) + n * p.C : nullptr;
         TX* dx = static_cast<TX*>(p.dx.data) + n * p.C;
         float mean = p.mean[n], rstd = p.rstd[n], sum_wdy, sum_wdy_xhat;
-        sums(dy, x, mean, rstd, dweight, dbias, &sum_wdy, &sum_wdy_xhat);
+        float* wdys = workspace_of<float>(Slot::OPERATOR_THREAD, (p.C + W - 1) / W * W);
+        sums(dy, x, mean, rstd, wdys, dweight, dbias, &sum_wdy, &sum_wdy_xhat);
         float a = sum_wdy / (float)p.C, b = sum_wdy_xhat / (float)p.C;
         for (int64_t c = 0; c < p.C; c += W) {
             int64_t m = p.C - c;
             vf xhat = (load(x + c, m) - mean) * rstd;
-            vf d = rstd * (load(dy + c, m) * load(weight + c) - a - xhat * b);
+            vf d = rstd * (load(wdys + c) - a - xhat * b);
             if (dtotal) d += load(dtotal + c, m);
             store(dx + c, d, m);
         }

@@ -14,8 +14,8 @@ struct MutableNumbers {
     bool is_bf16;
 };
 
-// N rows of width C. total = x + residual is written in the wider dtype of both (without residual it is x itself, and the
-// argument is not used); y = (total - mean) * rstd * weight + bias.
+// N rows of width C. total = x + residual is written in the wider dtype of both (without residual it is x itself, and
+// the argument is not used); y = (total - mean) * rstd * weight + bias.
 struct LayerNormForward {
     int64_t N, C;
     float eps;

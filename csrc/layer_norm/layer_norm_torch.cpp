@@ -15,12 +15,20 @@ Tensor statistic(const Tensor& x) {
     return empty(x, sizes, ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                                                      double eps, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const MaybeTensor& weight,
+                                                      const MaybeTensor& bias, double eps, ScalarType dtype) {
     Tensor y = empty(x, sizes_of(x), dtype), mean = statistic(x), rstd = statistic(x);
     // Without a residual its dtype must not widen the sum's: it takes x's.
-    layer_norm_forward_cpu({rows_of(x), x.size(x.dim() - 1), (float)eps, numbers(x), {nullptr, is_bf16(x)}, numbers(weight),
-                            numbers(bias), mutable_numbers(y), {nullptr, is_bf16(x)}, mean.mutable_data_ptr<float>(),
+    layer_norm_forward_cpu({rows_of(x),
+                            x.size(x.dim() - 1),
+                            (float)eps,
+                            numbers(x),
+                            {nullptr, is_bf16(x)},
+                            numbers(weight),
+                            numbers(bias),
+                            mutable_numbers(y),
+                            {nullptr, is_bf16(x)},
+                            mean.mutable_data_ptr<float>(),
                             rstd.mutable_data_ptr<float>()});
     return {y, mean, rstd};
 }

@@ -148,8 +148,9 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
-        *tensors, seed = ctx.saved_tensors
-        return *native.backward(dout, *tensors, ctx.scale, ctx.dropout_p, seed), None, None, None
+        q, k, v, out, stats, seed = ctx.saved_tensors
+        gradients = native.backward(dout, q, k, v, out, stats, ctx.scale, ctx.dropout_p, seed)
+        return *gradients, None, None, None
 
 
 class CausalAttentionPacked(torch.autograd.Function):
@@ -165,5 +166,5 @@ class CausalAttentionPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
-        *tensors, seed = ctx.saved_tensors
-        return native.packed_backward(dout, *tensors, ctx.scale, ctx.dropout_p, seed), None, None, None
+        qkv, out, stats, seed = ctx.saved_tensors
+        return native.packed_backward(dout, qkv, out, stats, ctx.scale, ctx.dropout_p, seed), None, None, None

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from gptkernels.backend import autocast_dtype, check_backward, resolve
 from gptkernels.ops.layer_norm import native, reference
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def layer_norm(
@@ -40,8 +64,9 @@ def layer_norm(
     """
     check(x, weight, bias, eps, residual)
     dtype = autocast_dtype(x)
-    widest = x if residual is None else residual
-    if resolve(backend, x) == "reference" or resolve(backend, widest, dtype) == "reference":
+    wanted = [resolve(backend, x), resolve(backend, x, dtype)]
+    wanted += [] if residual is None else [resolve(backend, residual)]
+    if "reference" in wanted:
         result = reference.layer_norm(x, weight, bias, eps, residual=residual)
         return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
     tensors = (x, residual, weight, bias)

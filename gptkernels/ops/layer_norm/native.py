@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.library import contiguous
+
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in dtype, the sum (x itself without a residual), mean and rstd (fp32)."""
     x = x.contiguous()
+    weight, bias = contiguous(weight), contiguous(bias)
     if residual is None:
         y, mean, rstd = torch.ops.gptkernels.layer_norm_forward(x, weight, bias, eps, dtype)
         return y, x, mean, rstd
@@ -27,5 +30,6 @@ def backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum (dtotal, if any, included), dweight and dbias (empty where there is none)."""
-    dtotal = None if dtotal is None else dtotal.contiguous()
-    return torch.ops.gptkernels.layer_norm_backward(dy.contiguous(), dtotal, total, weight, has_bias, mean, rstd)
+    return torch.ops.gptkernels.layer_norm_backward(
+        dy.contiguous(), contiguous(dtotal), total, contiguous(weight), has_bias, mean, rstd
+    )

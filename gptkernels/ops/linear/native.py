@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.library import contiguous
+
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y."""
-    return torch.ops.gptkernels.linear_forward(x.contiguous(), weight.contiguous(), bias)
+    return torch.ops.gptkernels.linear_forward(x.contiguous(), weight.contiguous(), contiguous(bias))
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,8 @@ class GeluMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
+        x, h, w_fc, w_proj = ctx.saved_tensors
         dx, dw_fc, db_fc, dw_proj, db_proj = native.backward(
-            dy, *ctx.saved_tensors, ctx.has_b_fc, ctx.has_b_proj, ctx.tanh
+            dy, x, h, w_fc, w_proj, ctx.has_b_fc, ctx.has_b_proj, ctx.tanh
         )
         return dx, dw_fc, db_fc if ctx.has_b_fc else None, dw_proj, db_proj if ctx.has_b_proj else None, None

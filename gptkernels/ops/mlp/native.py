@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptkernels.library import contiguous
+
 
 def forward(
     x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the pre-activation h (..., F) for the backward."""
     return torch.ops.gptkernels.gelu_mlp_forward(
-        x.contiguous(), w_fc.contiguous(), b_fc, w_proj.contiguous(), b_proj, tanh
+        x.contiguous(), w_fc.contiguous(), contiguous(b_fc), w_proj.contiguous(), contiguous(b_proj), tanh
     )
 
 

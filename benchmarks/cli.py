@@ -1,0 +1,134 @@
+"""`gptkernels bench ops | train | table`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.ops import OPS, bench_ops
+from benchmarks.options import Options
+from benchmarks.tables import case_text, machine_line
+from benchmarks.targets import markdown
+from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
+from gptkernels.backend import BACKENDS
+from model.config import preset_names
+
+ROUNDS, QUICK_ROUNDS = 20, 8
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all three."""
+    parser = argparse.ArgumentParser(
+        prog="gptkernels bench",
+        description="How fast are our kernels, beside PyTorch written out, best eager PyTorch and torch.compile? Every "
+        "column is compared with float64 before it is timed. Ends with one line of JSON; exit status 1 if a column is wrong.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    ops = commands.add_parser("ops", help="each operator, forward and backward")
+    ops.add_argument("names", nargs="*", metavar="NAME", help=f"operators (default all): {', '.join(OPS)}")
+    train = commands.add_parser("train", help="a whole training step: forward, backward, optimizer")
+    train.add_argument(
+        "--preset",
+        dest="names",
+        nargs="+",
+        metavar="NAME",
+        default=list(DEFAULT_CASES),
+        help=f"presets ({', '.join(preset_names())}), .toml files or sizes ({', '.join(SIZES)}); default {' '.join(DEFAULT_CASES)}",
+    )
+    for command in (ops, train):
+        add_options(command)
+    table = commands.add_parser("table", help="the README's table from committed results")
+    table.add_argument("files", nargs="+", metavar="FILE", help="JSON of bench --out, of check, or a run's result.json")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ops and train share."""
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="a training step's bf16 is autocast")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="backend of ours (default auto)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default torch's choice)")
+    parser.add_argument("--rounds", type=int, default=0, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="timing of one case, shared evenly by its columns; a column with slow runs gets fewer rounds, at least one "
+        "(default 600)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, small shapes of operators, no memory")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file too, after every case")
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The choices as the cases take them."""
+    return Options(
+        dtype=args.dtype,
+        backend=args.backend,
+        rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
+        budget=args.budget,
+        quick=args.quick,
+        compile=not args.no_compile,
+        memory=not (args.no_memory or args.quick),
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave with a usage error where a value makes no sense."""
+    if args.command == "ops":
+        args.names = args.names or list(OPS)
+        for name in args.names:
+            if name not in OPS:
+                parser.error(f"no operator {name!r}: choose {', '.join(OPS)}")
+    if args.threads < 0 or args.rounds < 0 or args.budget <= 0:
+        parser.error("--threads and --rounds must not be negative and --budget must be positive")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and show, or render a table; 1 if a column was wrong."""
+    parser = make_parser()
+    args = parser.parse_args(list(argv))
+    if args.command == "table":
+        print(markdown([json.loads(Path(file).read_text(encoding="utf-8")) for file in args.files]))
+        return 0
+    check_arguments(parser, args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = options_of(args)
+    cases = (bench_ops if args.command == "ops" else bench_train)(args.names, options)
+    return run(args.command, cases, options, args.out)
+
+
+def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Path | None) -> int:
+    """Show every case as it is done, then all of them as JSON."""
+    result: dict[str, object] = {"command": "bench", "what": what, "machine": describe(), "quick": options.quick}
+    print(f"bench {what}, {options.dtype}: {machine_line(describe())}", flush=True)
+    done: list[dict[str, object]] = []
+    for case in cases:
+        print(f"\n{case_text(case)}", flush=True)
+        done.append(case)
+        result |= {"cases": done, "passed": all(case["passed"] for case in done)}
+        if out is not None:
+            write_atomically(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(f"\n{json.dumps(result, allow_nan=False)}")
+    return 0 if result["passed"] else 1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

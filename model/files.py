@@ -1,0 +1,49 @@
+"""Files written so that neither a reader nor a crash nor a power cut ever meets half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Have `write` fill a file such that `path` is, at every moment, the old file or the new one.
+
+    RuntimeError where the disk does not take it; the old file is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.partial")  # in the same folder: a rename is atomic within a disk only
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch.save loses its stream's error: what it raises is about its own zip file then.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise RuntimeError(
+            f"cannot write {path}: {reason.strerror or reason}: make room there or choose another out= "
+            "(a file of this name that was there before is whole)"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 file, atomically."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

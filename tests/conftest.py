@@ -1,0 +1,26 @@
+"""What holds in every test."""
+
+import os
+
+import pytest
+import torch
+
+# Read when the native library makes its first large result.
+os.environ["GPTKERNELS_POISON"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN, also those that the native kernels allocate: a result left unwritten shows itself."""
+    # Not torch.use_deterministic_algorithms: that imports all of inductor, 5 seconds, to set a flag of it as well.
+    torch._C._set_deterministic_algorithms(True)
+    yield
+    torch._C._set_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test may change the number of threads; the next one finds what it was."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)

@@ -1,0 +1,280 @@
+"""`gptkernels bench`: fair rounds, a gate that refuses a wrong column, and figures that arrive whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.cli import main
+from benchmarks.machine import MatmulRoof
+from benchmarks.memory import measured_in_subprocess
+from benchmarks.ops import OPS
+from benchmarks.targets import TARGETS, markdown
+from benchmarks.train_step import SIZES, TrainBench, train_config
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {"ms", "ms_p20", "ms_p80", "runs", "gflops", "gbps", "matmul_roof_percent", "roofline_percent"}
+
+
+class Fake:
+    """A column that says how long it took and remembers when it ran."""
+
+    def __init__(self, name: str, seconds: float = 1.0, log: list[str] | None = None) -> None:
+        self.name, self.seconds, self.log = name, seconds, [] if log is None else log
+
+    def run(self) -> dict[str, float]:
+        self.log.append(self.name)
+        return {"both": self.seconds}
+
+
+def test_order_rotates_so_that_everybody_follows_everybody():
+    columns = [Fake(name) for name in "abcd"]
+    orders = [[c.name for c in harness.in_turn(columns, r)] for r in range(8)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert {order[0] for order in orders} == set("abcd")
+    places = Counter((order.index(name), name) for order in orders for name in "abcd")
+    assert set(places.values()) == {2}
+    assert orders[1] == orders[0][::-1]
+
+
+def test_rounds_interleave_and_roofs_come_first():
+    log: list[str] = []
+    columns, roof = [Fake(name, log=log) for name in "ab"], Fake("roof", log=log)
+    times = harness.timed_rounds(columns, [roof], 3, share=100.0, warm={})
+    assert log == ["roof", "a", "b"] + ["roof", "a", "b"] + ["roof", "b", "a"] + ["roof", "b", "a"]
+    assert times["a"]["both"] == [1.0] * 3
+
+
+def test_a_slow_column_gets_the_rounds_that_fit_and_at_least_one():
+    fast, slow, slowest = Fake("fast", 1.0), Fake("slow", 5.0), Fake("slowest", 99.0)
+    times = harness.timed_rounds([fast, slow, slowest], [], 10, share=20.0, warm={"slowest": 99.0})
+    assert [len(times[name]["both"]) for name in ("fast", "slow", "slowest")] == [10, 4, 1]
+    assert slowest.log == ["slowest"], "its earlier run was its warm-up"
+
+
+def test_planned_rounds_are_spread_evenly():
+    taken = [r for r in range(20) if harness.takes_part(r, 4, 20)]
+    assert taken == [0, 5, 10, 15]
+
+
+def test_quantiles():
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert [harness.quantile(values, q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
+    assert harness.time_figures([0.002]) == pytest.approx({"ms": 2.0, "ms_p20": 2.0, "ms_p80": 2.0, "runs": 1})
+
+
+def test_speedup_is_their_time_over_ours():
+    columns = {"ours": {"both": {"ms": 2.0}}, "eager": {"both": {"ms": 3.0}}, "wrong": {"passed": False}}
+    assert harness.speedups(columns, ["both"]) == {"eager": {"both": 1.5}}
+    assert harness.speedups({"eager": {"both": {"ms": 3.0}}, "ours": {}}, ["both"]) == {}
+
+
+def test_matmul_roof_computes_the_product_it_times():
+    for layout in ("A B^T", "A B", "A^T B"):
+        roof = MatmulRoof(torch.float32, 64, layout)
+        roof.run()
+        torch.testing.assert_close(roof.out, roof.a @ roof.b)
+        assert roof.cost.flops == 2 * 64**3
+
+
+def run_bench(capsys, *argv: str) -> tuple[int, str, dict]:
+    """Exit status, the text, and the last line as JSON."""
+    status = main(argv)
+    text = capsys.readouterr().out
+    return status, text, json.loads(text.splitlines()[-1])
+
+
+def assert_every_figure(case: dict, columns: set[str]) -> None:
+    """Each column was gated and has every figure of every row."""
+    assert set(case["columns"]) == columns
+    assert case["roof"]["copy_gbps"] > 0
+    for name, note in case["columns"].items():
+        assert note["passed"], note
+        assert "bound" in note or note["gate"]["quantities"] > 0
+        for row in case["rows"]:
+            assert set(note[row]) == FIGURES
+            assert all(value > 0 for value in note[row].values())
+            assert name == "ours" or case["speedup"][name][row] > 0
+
+
+def test_ops_quick_ends_with_every_figure(capsys, tmp_path):
+    out = tmp_path / "results" / "ops.json"
+    status, text, result = run_bench(capsys, "ops", "--quick", "--no-compile", "--rounds", "2", "--out", str(out))
+    assert status == 0, text
+    assert result["passed"]
+    assert [case["op"] for case in result["cases"]] == list(OPS)
+    for case in result["cases"]:
+        extra = {"bare gemms"} if case["op"] == "mlp" else set()
+        assert_every_figure(case, {"reference", "eager", "ours"} | extra)
+        assert case["case"] in text
+    assert {"cpu", "cores", "threads", "cpu_capability", "torch", "commit", "date"} <= set(result["machine"])
+    assert json.loads(out.read_text()) == result
+    assert [path.name for path in out.parent.iterdir()] == ["ops.json"], "no half-written file is left"
+
+
+def test_bf16_adds_our_fp32(capsys):
+    status, text, result = run_bench(
+        capsys, "ops", "linear", "--quick", "--no-compile", "--dtype", "bf16", "--rounds", "1"
+    )
+    assert status == 0, text
+    assert_every_figure(result["cases"][0], {"reference", "eager", "ours", "ours fp32"})
+    assert set(result["cases"][0]["roof"]["matmul"]) == {"bfloat16", "float32"}
+
+
+# torch's own compiler uses what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_train_quick_ends_with_every_figure(capsys):
+    status, text, result = run_bench(capsys, "train", "--preset", "tiny", "--quick", "--rounds", "2")
+    assert status == 0, text
+    (case,) = result["cases"]
+    assert case["rows"] == ["forward", "backward", "step"]
+    assert_every_figure(case, {"reference", "eager", "compile", "ours"})
+
+
+def test_a_wrong_column_is_not_timed_and_fails_the_run(capsys, monkeypatch):
+    def wrong(*inputs, backend):
+        y, total = OPS["layer_norm"].eager(*inputs)
+        return y * 1.001, total
+
+    monkeypatch.setitem(OPS, "layer_norm", replace(OPS["layer_norm"], ours=wrong))
+    status, text, result = run_bench(capsys, "ops", "layer_norm", "--quick", "--no-compile", "--rounds", "1")
+    assert status == 1
+    assert not result["passed"]
+    ours = result["cases"][0]["columns"]["ours"]
+    assert "forward" not in ours
+    assert ours["gate"]["failed"][0]["quantity"] == "output 0"
+    assert "ours: WRONG, not timed" in text
+    assert "forward" in result["cases"][0]["columns"]["eager"], "the others are still measured"
+
+
+def test_a_step_leaves_the_weights_that_were_gated():
+    bench = TrainBench(train_config("tiny"), "fp32", "auto")
+    before = [p.clone() for p in bench.weights.parameters()]
+    columns = [bench.column(name) for name in ("reference", "eager", "ours")]
+    for column in columns:
+        assert set(column.run()) == {"forward", "backward", "step"}
+    for p, was in zip(bench.weights.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+        assert p.grad is None
+        assert bench.optimizer.state[p]["exp_avg"].any(), "the optimizer did its work"
+
+
+@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "none"])
+def test_best_eager_is_the_same_function(pos):
+    config = train_config("tiny")
+    bench = TrainBench(replace(config, model=replace(config.model, pos=pos, act="gelu")), "fp32", "auto")
+    eager, reference = (bench.column(name).outcome() for name in ("eager", "reference"))
+    for name, value in reference.items():
+        torch.testing.assert_close(eager[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_sizes_are_the_issues():
+    m = SIZES["gpt2-width"].model
+    assert (m.n_layer, m.n_head, m.n_embd, m.context, m.vocab_size) == (4, 12, 768, 256, 50257)
+    with pytest.raises(ValueError, match="no preset"):
+        train_config("gpt-5")
+
+
+def test_peak_sees_a_known_allocation():
+    size = 64 << 20
+    code = (
+        "import json, torch\n"
+        "from benchmarks.memory import peak_figures\n"
+        "class Column:\n"
+        "    name = 'fake'\n"
+        f"    def run(self): torch.ones({size // 4}); return {{}}\n"
+        "print(json.dumps(peak_figures(Column(), 1000)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    figures = json.loads(done.stdout)
+    assert figures["peak_mb"] == pytest.approx(size / 1e6, abs=4)
+    assert figures["peak_beyond_gradients_mb"] == pytest.approx(figures["peak_mb"] - 0.001)
+
+
+def test_peak_of_a_column_in_a_process_of_its_own():
+    N, C, V = 512, 64, 16384
+    work = {"kind": "ops", "op": "cross_entropy", "shape": {"N": N, "C": C, "V": V}, "column": "eager"}
+    figures = measured_in_subprocess({**work, "dtype": "fp32", "backend": "auto", "threads": 1})
+    logits = N * V * 4 / 1e6
+    # Up to four tensors of the logits' size live at once: they, their log-softmax, and the gradients of both.
+    assert 2 * logits < figures["peak_beyond_gradients_mb"] < 4.5 * logits
+
+
+def test_pytest_benchmark_suite_at_small_shapes():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "-k", "small", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "16 passed" in done.stdout
+
+
+def fake_case(**fields) -> dict:
+    """A case in which ours is twice as fast as everybody."""
+    names = ("reference", "eager", "compile", "bare gemms", "ours fp32")
+    return {
+        "dtype": "fp32",
+        "speedup": {name: {"both": 2.0, "step": 2.0} for name in names},
+        "columns": {
+            "ours": {
+                "step": {"matmul_roof_percent": 80.0},
+                "memory": {"peak_mb": 1.0, "peak_beyond_gradients_mb": 0.5},
+            },
+            "eager": {"memory": {"peak_mb": 4.0, "peak_beyond_gradients_mb": 3.0}},
+        },
+        **fields,
+    }
+
+
+def result_file(cases: list[dict], quick: bool = False) -> dict:
+    machine = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "kernels", "torch", "commit", "date"), "x")
+    return {"command": "bench", "machine": machine, "quick": quick, "cases": cases}
+
+
+def test_table_says_met_and_not_met():
+    cases = [fake_case(size="shakespeare-cpu"), fake_case(size="gpt-384"), fake_case(op="cross_entropy")]
+    cases[2]["shape"] = {"N": 1024, "C": 768, "V": 50257}
+    check = {"command": "check", "name": "tiny", "dtype": "fp32"}
+    check["rows"] = [{"quantity": "loss", "error": 1.0, "allowed": 2.0, "passed": True}]
+    lines = markdown([result_file(cases), check]).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
+    assert all(target.work in rows for target in TARGETS)
+    assert rows["shakespeare-cpu training step, fp32"].endswith("| met |")
+    assert (
+        "at least 1.35x torch.compile | 2x the reference, 2x best eager" in rows["shakespeare-cpu training step, fp32"]
+    )
+    width = rows["6 layers, 6 heads, width 384, T=256, B=8, V=65, training step, fp32"]
+    assert width.endswith("| not met: of the matmul roof |")
+    assert "80 % of the matmul roof" in width
+    assert "not met: best eager's peak memory" in rows["linear_cross_entropy fwd+bwd, 1024x768x50257, fp32"]
+    assert rows["the same, bf16"].endswith("| not measured |")
+    assert rows["fast against reference, tiny, fp32"].endswith("| met |")
+
+
+def test_table_reads_training_runs_and_refuses_quick_figures():
+    def trained(model: str, seconds: float) -> dict:
+        config = {"train.model": model}
+        return {"config": config, "step": 2000, "train_seconds": seconds, "val_loss_random": 1.875, "data": "text"}
+
+    table = markdown([trained("fast", 50.0), trained("reference", 100.0)])
+    assert "1.88 validation loss measured nanoGPT's way, 0.5x the reference's time for the same steps | met |" in table
+    with pytest.raises(ValueError, match="--quick"):
+        markdown([result_file([], quick=True)])
+
+
+@pytest.mark.parametrize("argv", [("ops", "softmax"), ("train", "--rounds", "-1"), ("ops", "--budget", "0")])
+def test_a_wrong_command_line_is_a_usage_error(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert "error:" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""The command line: what each command prints, and the exit status of what goes wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import cli
+from model.checkpoint import LAST, load
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Threads for such small models only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 20)
+    words = f"train tiny data={folder}/text.txt out={folder} name=a steps=6 eval_every=3 n_embd=16 --quiet"
+    assert cli.main([*words.split(), "threads=1"]) == 0
+    return folder / "a"
+
+
+@pytest.fixture
+def call(capsys):
+    """(exit status, stdout, stderr) of a command line."""
+
+    def main(*words):
+        status = cli.main(list(words))
+        return status, *capsys.readouterr()
+
+    return main
+
+
+def test_sample_is_reproducible(call, run):
+    status, text, _ = call("sample", str(run), "To be", "--tokens", "40")
+    assert status == 0 and text.startswith("To be") and len(text) == len("To be") + 40 + 1
+    assert call("sample", str(run), "To be", "--tokens", "40", "--seed", "0")[1] == text
+    assert call("sample", "--tokens", "40", str(run), "--seed", "1", "To be")[1] != text
+    assert call("sample", str(run / LAST), "--tokens", "3")[1].startswith("\n")
+
+
+def test_sample_last_is_the_last_checkpoint(call, run, tmp_path):
+    """The best one has other weights here: without --last its likeliest token is written."""
+    for name, token in (("last.pt", 2), ("best.pt", 5)):
+        payload = load(run, name)
+        payload["model"]["transformer.ln_f.weight"].zero_()
+        payload["model"]["transformer.ln_f.bias"].copy_(payload["model"]["lm_head.weight"][token] * 100)
+        torch.save(payload, tmp_path / name)
+    characters = payload["characters"]
+    greedy = ["sample", str(tmp_path), "T", "--tokens", "1", "--temperature", "0"]
+    assert call(*greedy)[1] == f"T{characters[5]}\n" and call(*greedy, "--last")[1] == f"T{characters[2]}\n"
+
+
+def test_resume(call, run):
+    status, _, err = call("train", "--resume", str(run))
+    assert status == 1 and "has done its 6 steps" in err
+    status, out, _ = call("train", "--resume", str(run), "steps=8")
+    assert status == 0 and "going on after step 6" in out and "8/8 100%" in out
+
+
+def test_print_config(call):
+    status, out, _ = call("train", "tiny", "lr=1e-2", "--print-config")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0 and "0.01 " in lines["train.lr"] and "command line" in lines["train.lr"]
+    assert "preset tiny" in lines["train.steps"] and "default" in lines["train.clip"]
+    assert call("train", "--print-config")[0] == 0
+
+
+def test_data(call, run):
+    status, out, _ = call("data", str(run.parent / "text.txt"))
+    assert status == 0 and "size        860 characters, 20 lines" in out and "To be, or not" in out
+
+
+@pytest.mark.parametrize(
+    "words,status,message",
+    [
+        ("nonsense", 2, "invalid choice: 'nonsense'"),
+        ("train", 2, "train needs a preset (shakespeare-cpu, tiny)"),
+        ("train nope", 2, "no preset 'nope'"),
+        ("train tiny shakespeare-cpu", 2, "train takes one preset"),
+        ("train tiny stesp=3", 2, "the nearest is 'steps'"),
+        ("train tiny --frobnicate", 2, "unknown option --frobnicate"),
+        ("train tiny --resume RUN", 2, "--resume takes the run's own settings"),
+        ("train --resume RUN --print-config", 2, "--print-config shows a new run's settings"),
+        ("train --resume RUN n_layer=5 steps=99", 1, "model.n_layer must stay 2"),
+        ("train --resume nowhere", 1, "RUN must be a run folder with a checkpoint"),
+        ("train tiny data=nowhere", 1, "or a file or folder that exists, got 'nowhere'"),
+        ("sample", 2, "sample takes RUN and one"),
+        ("sample nowhere", 1, "RUN must be a run folder"),
+        ("sample RUN a b", 2, "got 3 words"),
+        ("sample RUN --tokens 0", 2, "--tokens must be at least 1, got 0"),
+        ("sample RUN --tokens many", 2, "invalid int value: 'many'"),
+        ("sample RUN --temperature -1", 2, "temperature must be 0"),
+        ("sample RUN #", 2, "character '#' is not in the vocabulary"),
+        ("data a b", 2, "data takes one source, got 2"),
+        ("data nowhere", 1, "or a file or folder that exists, got 'nowhere'"),
+        ("doctor now", 2, "doctor takes no 'now'"),
+        ("demo now", 2, "demo takes no 'now'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(call, run, words, status, message):
+    found, out, err = call(*words.replace("RUN", str(run)).split())
+    assert (found, out, err.count("\n")) == (status, "", 1) and message in err
+
+
+def test_help_names_the_commands(call):
+    status, out, _ = call("--help")
+    assert status == 0 and all(name in out for name in ("train", "sample", "data", "check", "bench", "doctor", "demo"))
+    for name in ("train", "sample", "data", "check", "doctor"):
+        assert call(name, "--help")[0] == 0
+    assert call()[0] == 2
+
+
+def test_debug_shows_where(call):
+    status, _, err = call("sample", "nowhere", "--debug")
+    assert status == 1 and "Traceback" in err and err.endswith("look under runs/\n")
+
+
+@pytest.mark.parametrize("error,status", [(KeyboardInterrupt, 130), (RuntimeError("no"), 1), (OSError("disk"), 1)])
+def test_statuses(call, monkeypatch, error, status):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "data_command", fail)
+    assert call("data")[0] == status
+
+
+def test_the_program_and_a_reader_that_leaves(run):
+    """The installed program: a pipe whose reader has gone ends it quietly."""
+    program = Path(sys.executable).with_name("gptkernels")
+    command = [str(program)] if program.exists() else [sys.executable, "-m", "model"]
+    process = subprocess.Popen(
+        [*command, "sample", str(run), "--tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert len(os.read(process.stdout.fileno(), 10)) > 0
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), error) == (141, b"")

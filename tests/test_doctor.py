@@ -1,0 +1,90 @@
+"""`doctor`: it tells what is there, and works where nothing is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptkernels.backend import BACKENDS, cpu_library
+from model import cli, doctor
+
+ROOT = Path(doctor.__file__).parent.parent
+
+
+@pytest.fixture
+def report(capsys):
+    """The report's lines after a call."""
+
+    def run():
+        assert cli.main(["doctor"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out.splitlines()
+
+    return run
+
+
+def row(lines, name):
+    return next(line for line in lines if line.split()[:1] == [name])
+
+
+def test_it_says_what_is_here(report):
+    lines = report()
+    assert torch.__version__ in row(lines, "torch") and torch.backends.cpu.get_cpu_capability() in row(lines, "cpu")
+    for name in ("python", "gpu", "c++", "nvcc", "triton", "baseline", *BACKENDS):
+        assert row(lines, name)
+    assert len(lines) < 50  # one page
+    if cpu_library()[0] is not None:
+        assert row(lines, "layer_norm").split()[1:] == ["cpu", "cpu", "reference"] or torch.cuda.is_available()
+        assert "loaded" in row(lines, cpu_library()[0])
+        assert "works" in row(lines, "cpu") or any("works" in line for line in lines if line.split()[:1] == ["cpu"])
+
+
+def test_a_triton_that_cannot_be_imported_is_explained(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "cannot be imported: ModuleNotFoundError" in row(report(), "triton")
+
+
+def test_no_tools(report, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    lines = report()
+    assert "not found (needed to build the cpu kernels" in row(lines, "c++") and "not found" in row(lines, "nvcc")
+
+
+def test_a_failed_build_shows_its_message(report, monkeypatch, tmp_path):
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(doctor, "BUILD_REPORT", path)
+    path.write_text(json.dumps({"gptkernels._cpu_avx2": "CompileError: line one\n" + "x" * 500}))
+    line = row(report(), "avx2")
+    assert "CompileError: line one xxx" in line and "..." in line and len(line) < 220
+    path.write_text("{")
+    assert "not built" in row(report(), "avx2")
+
+
+def test_a_reason_names_the_remedy():
+    x = {torch.float16: torch.empty(0, 64, dtype=torch.float16)}
+    if cpu_library()[0] is not None:
+        assert "convert, or use backend='reference'" in doctor.explain("cpu", x)
+    assert doctor.explain("reference", x) == "works"
+
+
+def test_it_works_where_nothing_was_built(tmp_path):
+    """A copy of the sources alone, in a process of its own: the table has the reference, and the remedy is told."""
+    for name in ("gptkernels", "model"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+        )
+    command = [sys.executable, "-m", "model", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert "not built" in row(lines, "baseline")
+    assert "pip install -e ." in done.stdout
+    if not torch.cuda.is_available():
+        assert row(lines, "gelu_mlp").split()[1:] == ["reference"] * 3

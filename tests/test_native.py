@@ -1,0 +1,57 @@
+"""The CPU kernels themselves, without torch, under the compiler's sanitizers (tests/native_driver.cpp)."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gptkernels.backend import supported_isas
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+# What setup.py compiles these instruction sets with.
+FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
+}
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler: none in $CXX, g++ or clang++")
+
+
+def build_and_run(folder, flags):
+    """Compile the kernels and the driver, each file by itself on two cores, and run the program."""
+    sources = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), ROOT / "csrc/common/gemm.cpp"]
+    sources += [ROOT / "csrc/common/workspace.cpp", ROOT / "tests/native_driver.cpp"]
+    common = [COMPILER, "-std=c++20", "-O1", "-g0", "-Wno-psabi", "-pthread", *flags.split()]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def compile_one(pair):
+        return run([*common, f"-I{ROOT / 'csrc'}", "-c", pair[0], "-o", pair[1]])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(compile_one, zip(sources, objects, strict=True)))
+    run([*common, *objects, "-o", folder / "driver"])
+    return run([folder / "driver"])
+
+
+def run(command):
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, f"{' '.join(map(str, command))}\n{process.stdout}{process.stderr}"
+    return process.stdout
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_no_read_or_write_out_of_bounds(isa, tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer, and right results, on buffers of exactly the size they need."""
+    output = build_and_run(tmp_path, f"{FLAGS[isa]} -fsanitize=address,undefined -fno-sanitize-recover=all")
+    assert output.endswith(" 0 failures\n")
+
+
+def test_no_data_race(tmp_path):
+    """ThreadSanitizer, with three threads."""
+    output = build_and_run(tmp_path, "-fsanitize=thread")
+    assert output.endswith(" 0 failures\n")

@@ -1,0 +1,256 @@
+"""The operators in PyTorch's machinery: opcheck, compile, export, autocast, checkpointing, functional calls."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo.testing
+from oracle import check_equal, draw, is_floating, results
+from test_attention import attention_inputs
+from test_cross_entropy import cross_entropy_inputs
+from test_layer_norm import all_inputs, layer_norm_inputs
+from test_linear import linear_inputs
+from test_mlp import mlp_inputs
+from torch.utils.checkpoint import checkpoint
+
+import gptkernels.library
+from gptkernels import (
+    causal_attention,
+    causal_attention_packed,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+)
+
+raw = torch.ops.gptkernels
+fp32 = torch.float32
+# Every public operator with arguments that use all of its parts.
+OPERATORS = {
+    "causal_attention": (causal_attention, lambda dtype=fp32: attention_inputs(1, 2, 5, 7, 8, dtype)),
+    "dropout": (
+        partial(causal_attention, dropout_p=0.3),
+        lambda dtype=fp32: {**attention_inputs(1, 2, 5, 5, 8, dtype), "seed": torch.tensor(3)},
+    ),
+    "causal_attention_packed": (causal_attention_packed, lambda dtype=fp32: {"qkv": draw((2, 5, 3, 2, 8), dtype, 1)}),
+    "layer_norm": (
+        layer_norm,
+        lambda dtype=fp32: layer_norm_inputs((2, 3, 9), dtype, weight=fp32, bias=fp32),
+    ),
+    "add_layer_norm": (layer_norm, lambda dtype=fp32: all_inputs((2, 3, 9), dtype)),
+    "gelu_mlp": (gelu_mlp, lambda dtype=fp32: mlp_inputs((2, 3, 9), 11, dtype)),
+    "linear": (linear, lambda dtype=fp32: linear_inputs((2, 3, 9), 11, dtype)),
+    "linear_cross_entropy": (linear_cross_entropy, lambda dtype=fp32: cross_entropy_inputs(7, 9, 11, dtype)),
+}
+operators = pytest.mark.parametrize("op, inputs", OPERATORS.values(), ids=OPERATORS.keys())
+
+
+def raw_calls():
+    """Every raw operator with arguments; a backward with what its forward saved."""
+    x, w, b = torch.randn(2, 3, 9), torch.randn(11, 9), torch.randn(11)
+    yield raw.linear_forward, (x, w, b)
+    yield raw.linear_backward, (torch.randn(2, 3, 11), x, w, True)
+    yield raw.linear_backward, (torch.randn(2, 3, 11), x, w, False)
+    proj = torch.randn(9, 11)
+    yield raw.gelu_mlp_forward, (x, w, b, proj, None, True)
+    _, h = raw.gelu_mlp_forward(x, w, b, proj, None, False)
+    yield raw.gelu_mlp_backward, (torch.randn(2, 3, 9), x, h, w, proj, True, False, False)
+    weight = torch.randn(9)
+    yield raw.layer_norm_forward, (x, weight, weight, 1e-5, torch.bfloat16)
+    yield raw.add_layer_norm_forward, (x.bfloat16(), x, weight, None, 1e-5, torch.bfloat16)
+    _, total, mean, rstd = raw.add_layer_norm_forward(x, x, weight, None, 1e-5, torch.float32)
+    yield raw.layer_norm_backward, (x, total, total, weight, False, mean, rstd)
+    yield raw.layer_norm_backward, (x, None, total, None, True, mean, rstd)
+    q, k, v = (t.detach() for t in attention_inputs(2, 3, 5, 7, 8, torch.float32).values())
+    seed = torch.tensor(3)
+    yield raw.attention_forward, (q, k, v, 0.3, 0.2, seed)
+    out, stats = raw.attention_forward(q, k, v, 0.3, 0.0, None)
+    yield raw.attention_backward, (torch.randn_like(q), q, k, v, out, stats, 0.3, 0.0, None)
+    qkv = torch.randn(2, 5, 3, 3, 8)
+    yield raw.attention_packed_forward, (qkv, 0.3, 0.0, None)
+    out, stats = raw.attention_packed_forward(qkv, 0.3, 0.2, seed)
+    yield raw.attention_packed_backward, (torch.randn_like(out), qkv, out, stats, 0.3, 0.2, seed)
+    hidden, targets = torch.randn(7, 9), torch.randint(8, (7,))
+    yield raw.linear_cross_entropy_forward, (hidden, w, targets, -100, True, 8)
+    yield raw.linear_cross_entropy_gradients, (hidden, w, targets, -100, False, 11)
+
+
+def test_opcheck():
+    seen = set()
+    for op, arguments in raw_calls():
+        torch.library.opcheck(op, arguments)
+        seen.add(op.default.name().removeprefix("gptkernels::"))
+    defined = {name.split("::")[1].split(".")[0] for name in gptkernels.library.LIBRARY._op_defs}
+    assert seen == defined
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (0, 3, 9)])
+def test_opcheck_without_rows(shape):
+    x, w, b = torch.randn(shape), torch.randn(11, 9), torch.randn(11)
+    torch.library.opcheck(raw.linear_forward, (x, w, b))
+    torch.library.opcheck(raw.layer_norm_forward, (x, None, None, 1e-5, torch.float32))
+
+
+# torch's own: Dynamo instantiates an autograd.Function while it traces one, and inductor imports torch.jit.
+compiles = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+
+
+def check_compiled(op, inputs, **options):
+    """Compiled as one graph, results and gradients have eager's bits."""
+    torch._dynamo.reset()
+    wanted, douts = results(op, inputs)
+    compiled = torch.compile(lambda *args, **kwargs: op(*args, **kwargs), fullgraph=True, **options)
+    check_equal(results(compiled, inputs, douts)[0], wanted)
+
+
+@compiles
+@operators
+def test_compile(op, inputs):
+    check_compiled(op, inputs(), backend="aot_eager", dynamic=False)
+
+
+@compiles
+def test_compile_with_inductor():
+    """A block's worth of operators in one compilation: what inductor does around them must keep strides and values."""
+
+    def block(x, residual, weight, qkv_weight, w_fc, w_proj):
+        y, total = layer_norm(x, weight, None, residual=residual)
+        qkv = linear(y * 1.5, qkv_weight).view(2, 5, 3, 2, 4)
+        q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+        mixed = causal_attention(q, k, v).transpose(1, 2) + causal_attention_packed(qkv)
+        hidden = gelu_mlp(mixed.reshape(2, 5, 8) + total, w_fc, None, w_proj, None)
+        return linear_cross_entropy(hidden.view(10, 8), qkv_weight, torch.arange(10))
+
+    shapes = {
+        "x": (2, 5, 8),
+        "residual": (2, 5, 8),
+        "weight": (8,),
+        "qkv_weight": (24, 8),
+        "w_fc": (16, 8),
+        "w_proj": (8, 16),
+    }
+    inputs = {name: draw(shape, torch.float32, i) for i, (name, shape) in enumerate(shapes.items())}
+    torch._dynamo.reset()
+    wanted, douts = results(block, inputs)
+    found, _ = results(torch.compile(block, fullgraph=True, dynamic=False), inputs, douts)
+    torch.testing.assert_close(found, wanted)
+
+
+@compiles
+def test_compile_with_dynamic_shapes():
+    """Compiled for the first length, the graphs serve every other one."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(qkv, weight, targets):
+        hidden = causal_attention_packed(qkv).flatten(2)
+        hidden = layer_norm(hidden).flatten(0, 1)
+        return linear_cross_entropy(hidden, weight, targets)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    weight = draw((11, 16), torch.float32, 2)
+    counts = []
+    for T in (5, 9, 14):
+        inputs = {"qkv": draw((2, T, 3, 2, 8), torch.float32, T), "weight": weight, "targets": torch.arange(2 * T) % 11}
+        wanted, douts = results(step, inputs)
+        found, _ = results(compiled, inputs, douts)
+        torch.testing.assert_close(found, wanted)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[2]
+
+
+class Module(torch.nn.Module):
+    """An operator whose floating arguments after the first are parameters."""
+
+    def __init__(self, op, inputs):
+        super().__init__()
+        self.op, self.fixed = op, {}
+        for name, x in list(inputs.items())[1:]:
+            if is_floating(x):
+                setattr(self, name, torch.nn.Parameter(x.detach().clone()))
+            else:
+                self.fixed[name] = x
+
+    def forward(self, x):
+        return self.op(x, **dict(self.named_parameters()), **self.fixed)
+
+
+@operators
+def test_export(op, inputs):
+    inputs = inputs()
+    x = next(iter(inputs.values())).detach()
+    module = Module(op, inputs)
+    program = torch.export.export(module, (x,))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any(name.startswith("gptkernels.") for name in names)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@operators
+def test_functional_call(op, inputs):
+    inputs = inputs()
+    x = next(iter(inputs.values())).detach()
+    module = Module(op, inputs)
+    parameters = {name: 2 * p.detach() for name, p in module.named_parameters()}
+    doubled = copy.deepcopy(module)
+    doubled.load_state_dict(parameters)
+    torch.testing.assert_close(torch.func.functional_call(module, parameters, (x,)), doubled(x))
+
+
+@operators
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(op, inputs, reentrant):
+    """The forward run again in the backward gives the same gradients, bit for bit, the dropout mask included."""
+    inputs = inputs()
+    names = list(inputs)
+    wanted, douts = results(op, inputs)
+
+    def again(**arguments):
+        return checkpoint(
+            lambda *values: op(**dict(zip(names, values, strict=True))), *arguments.values(), use_reentrant=reentrant
+        )
+
+    check_equal(run_backward(again, inputs, douts), wanted)
+
+
+def run_backward(call, inputs, douts):
+    """results() by backward(): reentrant checkpointing does not work under autograd.grad."""
+    leaves = {name: x.detach().requires_grad_(x.requires_grad) if is_floating(x) else x for name, x in inputs.items()}
+    outputs = call(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, douts)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    wanting = {name: x.grad for name, x in leaves.items() if is_floating(x) and x.requires_grad}
+    return {**found, **{f"gradient of {name}": g for name, g in wanting.items()}}
+
+
+@operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(op, inputs, dtype):
+    """Computes in autocast's dtype what it computes on rounded inputs; gradients come in the inputs' dtypes."""
+    inputs = inputs(dtype)
+    wide = op is layer_norm  # it reads what it is given and rounds only y
+    rounded = {
+        name: x.detach().bfloat16().requires_grad_() if is_floating(x) and name in ("x", "q", "k", "v", "qkv") else x
+        for name, x in inputs.items()
+    }
+    wanted, douts = results(op, inputs if wide else rounded)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = results(op, inputs, douts)
+    for name, x in found.items():
+        if name.startswith("gradient"):
+            assert x.dtype == inputs[name.removeprefix("gradient of ")].dtype
+    if op is not linear_cross_entropy:
+        assert found["output 0"].dtype == torch.bfloat16
+        if "residual" in inputs:
+            assert found["output 1"].dtype == dtype
+    else:
+        assert found["output 0"].dtype == torch.float32
+    for name, x in wanted.items():
+        if wide and name.startswith("gradient"):
+            torch.testing.assert_close(found[name].double(), x.double(), rtol=0.02, atol=0.02)
+        else:
+            assert torch.equal(found[name], x.to(found[name].dtype)), name

@@ -1,0 +1,371 @@
+"""Training: exact resume, the guards, the schedule, the files and the lines of a run."""
+
+import csv
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import optimize, report
+from model import train as training
+from model.checkpoint import BEST, LAST, build_model, load
+from model.config import resolve
+from model.data import load_dataset
+from model.evaluate import evaluate
+from model.interrupt import interruptible
+from model.optimize import learning_rate, make_optimizer
+from model.run_files import read_metrics
+from model.train import resume, train
+
+WORDS = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
+FILES = {"config.toml", "env.json", "metrics.csv", "samples.txt", "loss.svg", "result.json", LAST, BEST}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Threads for such small models only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(WORDS[i % 7 :] for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path, text):
+    """Overrides of the preset tiny: a few steps on a small text."""
+    fixed = [f"data={text}", f"out={tmp_path}", "threads=1", "n_embd=16", "batch=4", "eval_batches=2"]
+    return [*fixed, "steps=12", "eval_every=4", "log_every=1", "sample_tokens=20"]
+
+
+def config(settings, *more):
+    return resolve("tiny", [*settings, *more])[0]
+
+
+def same(a, b):
+    """Whether two values of a checkpoint are equal bit for bit, however they are nested."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def losses(folder):
+    """metrics.csv without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if k not in ("ms", "tokens_per_s")}
+        for row in read_metrics(folder / "metrics.csv")
+    ]
+
+
+def assert_same_run(a, b):
+    for name in (LAST, BEST):
+        ours, theirs = load(a, name), load(b, name)
+        ours["config"].pop("train.name"), theirs["config"].pop("train.name")
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert same(ours[key], theirs[key]), f"{name}: {key}"
+    assert losses(a) == losses(b)
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def interrupt_at(monkeypatch, step):
+    """Press Ctrl-C in the middle of a step, from 0."""
+    real = optimize.learning_rate
+
+    def press(now, settings):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(now, settings)
+
+    monkeypatch.setattr(optimize, "learning_rate", press)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["dropout=0.2"], ["model=reference", "dropout=0.2"], ["backend=reference"], ["dtype=bf16"]], ids=str
+)
+def test_resume_is_exact(settings, tmp_path, monkeypatch, more):
+    """Stopped after step 6, between two evaluations: weights, optimizer, random state, metrics and samples are equal."""
+    straight = train(config(settings, *more, "name=straight"), quiet=True)
+    interrupt_at(monkeypatch, 5)
+    stopped = train(config(settings, *more, "name=stopped"), quiet=True)
+    monkeypatch.undo()
+    assert stopped["interrupted"] and stopped["step"] == 6 and load(tmp_path / "stopped")["step"] == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    torch.manual_seed(99)  # as a new process would have another state
+    resumed = resume(tmp_path / "stopped", quiet=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    assert resumed["val_loss"] == straight["val_loss"] and not resumed["interrupted"]
+
+
+def test_resume_in_another_process_is_exact(settings, tmp_path):
+    """The same through the program, with a real SIGINT from outside at whatever step it meets."""
+    overrides = [*settings, "steps=300", "eval_every=150", "dropout=0.1"]
+    train(config(overrides, "name=straight"), quiet=True)
+    code = "import sys; from model.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", "tiny", *overrides, "name=stopped"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step 15/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    step = load(tmp_path / "stopped")["step"]
+    assert process.returncode == 130 and 15 <= step < 300
+    assert f"stopped after step {step}, saved: go on with  gptkernels train --resume {tmp_path}/stopped" in out
+    assert "stopping after this step; Ctrl-C again stops at once" in err and "Traceback" not in err
+    resume(tmp_path / "stopped", quiet=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_the_second_interrupt_stops_at_once():
+    with interruptible() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_training_in_a_thread_takes_no_signals(settings, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(config(settings, "name=t"), quiet=True)))
+    thread.start()
+    thread.join()
+    assert results[0]["step"] == 12
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(settings, tmp_path, monkeypatch):
+    """Rows beyond the checkpoint are written anew, a torn last line is dropped."""
+    train(config(settings, "name=straight"), quiet=True)
+    real = training.timed_step
+
+    def crash(state):
+        if state.step == 6:
+            raise MemoryError
+        return real(state)
+
+    monkeypatch.setattr(training, "timed_step", crash)
+    with pytest.raises(MemoryError):
+        train(config(settings, "name=killed"), quiet=True)
+    monkeypatch.undo()
+    with (tmp_path / "killed" / "metrics.csv").open("a") as file:
+        file.write("7,1.2")
+    assert load(tmp_path / "killed")["step"] == 4
+    resume(tmp_path / "killed", quiet=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_what_resume_refuses(settings, tmp_path, text):
+    train(config(settings, "name=a"), quiet=True)
+    folder = tmp_path / "a"
+    with pytest.raises(ValueError, match="has done its 12 steps: give steps= a larger number"):
+        resume(folder, quiet=True)
+    for override in ("n_layer=3", "out=elsewhere", "name=b", "val_fraction=0.2"):
+        with pytest.raises(ValueError, match=r"must stay .* in a resumed run"):
+            resume(folder, ["steps=20", override], quiet=True)
+    with pytest.raises(ValueError, match="got the file"):
+        resume(folder / LAST, ["steps=20"], quiet=True)
+    text.write_text(text.read_text() + "§")
+    with pytest.raises(ValueError, match="the text must be the one that the run began with"):
+        resume(folder, ["steps=20"], quiet=True)
+    with pytest.raises(ValueError, match=r"holds a run: resume it with `train --resume"):
+        train(config(settings, "name=a"), quiet=True)
+
+
+def test_more_steps_and_moved_data(settings, tmp_path, text):
+    train(config(settings, "name=a"), quiet=True)
+    moved = text.rename(tmp_path / "moved.txt")
+    result = resume(tmp_path / "a", ["steps=16", f"data={moved}"], quiet=True)
+    assert result["step"] == 16 and [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.csv")][-1] == "16"
+
+
+def test_the_files_of_a_run(settings, tmp_path):
+    result = train(config(settings, "name=a"), quiet=True)
+    folder = tmp_path / "a"
+    assert {path.name for path in folder.iterdir()} == FILES
+    # The resolved settings, with the vocabulary that the data gave.
+    assert resolve(str(folder / "config.toml"))[0].model.vocab_size == len(set(WORDS))
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["val_loss"]] == ["4", "8", "12"]
+    assert float(rows[-1]["val_loss"]) == pytest.approx(result["val_loss"], rel=1e-5)
+    env = json.loads((folder / "env.json").read_text())
+    assert env["torch"] == torch.__version__ and env["data_sha256"] == result["data_sha256"]
+    assert env["backends"].keys() >= {"causal_attention", "layer_norm", "linear", "gelu_mlp", "linear_cross_entropy"}
+    assert json.loads((folder / "result.json").read_text())["val_loss"] == result["val_loss"]
+    assert (folder / "samples.txt").read_text().count("--- step ") == 3
+    svg = ElementTree.parse(folder / "loss.svg").getroot()
+    lines = [e.get("points").split() for e in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in lines] == [12, 3]
+
+
+def test_training_learns(settings):
+    result = train(config(settings, "steps=60", "eval_every=60", "lr=1e-2"), quiet=True)
+    assert result["val_loss"] < 2.6 < math.log(len(set(WORDS)))
+
+
+def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
+    for kind in ("fast", "reference"):
+        train(config(settings, "dropout=0.1", f"model={kind}", f"name={kind}"), quiet=True)
+    pairs = zip(losses(tmp_path / "fast"), losses(tmp_path / "reference"), strict=True)
+    assert max(abs(float(a["loss"]) / float(b["loss"]) - 1) for a, b in pairs) < 2e-5  # six digits are written
+
+
+def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
+    real = training.build_model
+
+    def broken(settings):
+        model = real(settings)
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight[3, 5] = math.nan
+        return model
+
+    monkeypatch.setattr(training, "build_model", broken)
+    with pytest.raises(
+        RuntimeError, match=r"at step 1; not finite first: transformer\.h\.1\.mlp\.c_fc\.weight \(1 of 1024 values\)"
+    ):
+        train(config(settings, "name=a"), quiet=True)
+    assert not (tmp_path / "a" / LAST).exists()
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings):
+    state = training.prepare(config(settings), None)
+    weight = state.model.transformer.h[0].attn.c_proj.bias
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"not finite first: the gradient of transformer\.h\.0\.attn\.c_proj\.bias"):
+        training.timed_step(state)
+    assert same(before, state.model.state_dict())
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient(settings):
+    """train_step against the same step from torch's parts, in every bit."""
+    chosen = config(settings, "clip=0.5", "warmup=0")
+    state, twin = training.prepare(chosen, None), training.prepare(chosen, None)
+    x, y = training.random_batch(twin.dataset.train, 4, 16, chosen.train.seed, 0)
+    loss = twin.model(x, y)[1]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 0.5)
+    twin.optimizer.step()
+    row = training.timed_step(state)
+    assert (row["loss"], row["grad_norm"], row["lr"]) == (loss.item(), norm.item(), 3e-3) and norm > 0.5
+    assert same(state.model.state_dict(), twin.model.state_dict())
+
+
+def test_decay_is_for_matrices_and_counts_a_tied_one_once():
+    model = build_model(resolve("tiny", ["vocab_size=7"])[0])
+    groups = make_optimizer(model, resolve("tiny")[0]).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert len(ids) == len(set(ids)) == len(list(model.parameters()))
+    assert ids.count(id(model.lm_head.weight)) == 1
+
+
+def test_the_schedule():
+    chosen, _ = resolve("shakespeare-cpu")
+    rates = [learning_rate(step, chosen) for step in range(2001)]
+    assert rates[0] == pytest.approx(1e-3 / 101) and rates[100] == 1e-3 == max(rates)
+    assert rates[1050] == pytest.approx(5.5e-4) and rates[2000] == pytest.approx(1e-4) == min(rates[100:])
+    assert learning_rate(9999, chosen) == pytest.approx(1e-4)
+
+
+def test_evaluation_is_the_whole_part_without_dropout(settings, text):
+    chosen = config(settings, "dropout=0.5", "vocab_size=40")
+    dataset = load_dataset(str(text), 0.1, 16)
+    model = build_model(chosen).train()
+    figures = evaluate(model, dataset, chosen, step=4)
+    assert figures == evaluate(model, dataset, chosen, step=4) and model.training
+    model.eval()
+    tokens, total, count = dataset.val, 0.0, 0
+    for start in range(0, len(tokens) - 1, 16):
+        x, y = tokens[start : start + 16][: len(tokens) - 1 - start], tokens[start + 1 : start + 17]
+        logits = model(x[None])[0][0].detach().double()
+        total, count = total + F.cross_entropy(logits, y, reduction="sum").item(), count + len(y)
+    assert count == len(tokens) - 1 and figures["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert figures["bits_per_byte"] == pytest.approx(total / count / math.log(2), rel=1e-5)  # a byte a character
+    assert figures["val_loss_random"] != evaluate(model, dataset, chosen, step=8)["val_loss_random"]
+
+
+@pytest.mark.parametrize("override,error,message", [
+    ("device=cuda", RuntimeError, "device=cuda needs a GPU"),
+    ("device=tpu", ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
+    ("vocab_size=3", ValueError, "vocab_size must be at least the data's"),
+    ("context=4000", ValueError, "must hold at least context"),
+    ("backend=cuda", RuntimeError, "backend='cuda'"),
+])  # fmt: skip
+def test_wrong_settings_leave_no_folder(settings, tmp_path, override, error, message):
+    if "cuda" in override and torch.cuda.is_available():
+        override, message = override.replace("cuda", "cuda:99"), ""
+        error = (RuntimeError, ValueError)
+    with pytest.raises(error, match=message):
+        train(config(settings, f"out={tmp_path}/new", override), quiet=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_cannot_be(settings, tmp_path, text):
+    with pytest.raises(RuntimeError, match=r"cannot make the run folder .*: Not a directory: choose another out="):
+        train(config(settings, f"out={text}"), quiet=True)
+    with pytest.raises(RuntimeError, match="must be a folder, but a file is there"):
+        train(config(settings, f"name={text.name}"), quiet=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_estimate_of_kept_activations(dtype, backend):
+    chosen, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", "vocab_size=65", "n_layer=2"])
+    model = build_model(chosen)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+        return tensor
+
+    x = torch.randint(65, (12, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        optimize.loss_of(model, chosen, x, x)
+    truth = sum(size for size, _ in kept.values())
+    guess = report.activation_bytes(chosen, model.backends())
+    # Beside bf16 on plain PyTorch, which keeps a mixture of both dtypes that the estimate takes for fp32.
+    assert 0.9 * truth < guess < (1.8 if (dtype, backend) == ("bf16", "reference") else 1.1) * truth
+
+
+def test_quiet_says_nothing(settings, capsys):
+    train(config(settings), quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_cards_say_what_matters(settings, tmp_path, capsys):
+    result = train(config(settings, "name=a"))
+    out = capsys.readouterr().out
+    parameters = sum(p.numel() for p in build_model(resolve(str(tmp_path / "a" / "config.toml"))[0]).parameters())
+    for part in (f"parameters  {parameters:,}", "4 x 16 = 64 tokens", "FLOPs a token", "memory  about", "1 thread\n",
+                 "backends  ", "linear_cross_entropy", result["data_sha256"][:12], "seed  1337", "12/12 100% | loss",
+                 "| gnorm", "MiB", f"best {result['best_val_loss']:.4f}", "peak memory", result["sample"],
+                 f"gptkernels sample {tmp_path}/a 'the quick", "bits a byte", "ms a step"):  # fmt: skip
+        assert part in out, part
+
+
+def test_times_leave_the_first_steps_out():
+    assert training.recent_ms([9.0] * 10) is None
+    assert training.recent_ms([9.0] * 10 + [1.0, 2.0, 3.0]) == statistics.median([1.0, 2.0, 3.0])
