@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gptkernels.library  # noqa: F401  the native library adds implementations to the schemas defined there
+from gptkernels import triton_backend
 
 BACKENDS = ("reference", "triton", "cuda", "cpu")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# What each backend computes in, and where; on CPU tensors Triton's kernels are interpreted.
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "cpu")}
+# What "auto" takes for tensors on a device.
+FASTEST = {"cpu": "cpu", "cuda": "triton"}
 # From the plainest to the fastest; a build of one runs on every CPU that has it.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 FOLDER = Path(__file__).parent
@@ -69,13 +79,16 @@ def cpu_library() -> tuple[str | None, str]:
     return _cpu_isa, _cpu_explanation
 
 
+@functools.cache
 def available_backends() -> dict[str, str | None]:
-    """Every backend with None where it works here, else the reason why not and the remedy."""
-    unwritten = "has no kernels in this version: use backend='cpu' or 'reference'"
+    """Every backend with None where it works here, else the reason why not and the remedy.
+
+    "triton" works without a GPU too: its kernels then run interpreted, on CPU tensors, slowly.
+    """
     return {
         "reference": None,
-        "triton": f"triton {unwritten}",
-        "cuda": f"cuda {unwritten}",
+        "triton": triton_backend.unavailable(),
+        "cuda": "cuda has no kernels in this version: use backend='triton' on a GPU, 'cpu' or 'reference' elsewhere",
         "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
     }
 
@@ -89,38 +102,38 @@ def resolve(backend: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
     dtype = dtype or x.dtype
     if backend == "reference":
         return backend
-    if backend not in ("auto", "cpu"):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-        raise RuntimeError(f"backend={backend!r} cannot run here: {available_backends()[backend]}")
-    if _cpu_isa is not None and x.device.type == "cpu" and dtype in NATIVE_DTYPES:
-        return "cpu"
-    if backend == "cpu":
-        raise_unavailable(x, dtype)
-    say_fallback(x, dtype)
-    return "reference"
+    if backend == "auto":
+        fastest = FASTEST.get(x.device.type)
+        if fastest and dtype in DTYPES[fastest] and available_backends()[fastest] is None:
+            return fastest
+        say_fallback((fastest and available_backends()[fastest]) or f"no kernels for {dtype} on {x.device.type}")
+        return "reference"
+    check_backend(backend, x, dtype)
+    return backend
 
 
-def raise_unavailable(x: Tensor, dtype: torch.dtype) -> None:
-    """Raise what keeps an explicit backend="cpu" from running."""
-    if _cpu_isa is None:
-        raise RuntimeError(f"backend='cpu' cannot run here: {available_backends()['cpu']}")
-    if x.device.type != "cpu":
-        raise ValueError(f"backend='cpu' needs tensors on the cpu, got {x.device}: move them, or use backend='auto'")
-    raise TypeError(f"backend='cpu' computes in float32 or bfloat16, got {dtype}: convert, or use backend='reference'")
+def check_backend(backend: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise what keeps an explicit backend from running."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if reason := available_backends()[backend]:
+        raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
+    if x.device.type not in DEVICES[backend]:
+        devices = " or ".join(DEVICES[backend])
+        raise ValueError(f"backend={backend!r} needs tensors on {devices}, got {x.device}: move them, or use 'auto'")
+    if dtype not in DTYPES[backend]:
+        names = " or ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
+        raise TypeError(f"backend={backend!r} computes in {names}, got {dtype}: convert, or use backend='reference'")
 
 
-def say_fallback(x: Tensor, dtype: torch.dtype) -> None:
+def operators(backend: str) -> Any:
+    """The raw operators (gptkernels/library.py) of a backend."""
+    return torch.ops.gptkernels_triton if backend == "triton" else torch.ops.gptkernels
+
+
+def say_fallback(reason: str) -> None:
     """Print, once for each reason, that "auto" found nothing faster than plain PyTorch."""
-    if torch.compiler.is_compiling():
-        return
-    if x.device.type != "cpu":
-        reason = f"no kernels for {x.device.type} tensors"
-    elif _cpu_isa is None:
-        reason = _cpu_explanation
-    else:
-        reason = f"no kernels for {dtype}"
-    if reason not in _printed:
+    if reason not in _printed and not torch.compiler.is_compiling():
         _printed.add(reason)
         print(f"gptkernels: backend auto takes the reference (plain PyTorch): {reason}", file=sys.stderr)
 

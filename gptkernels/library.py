@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("gptkernels", "DEF")
+# The same operators once more: what runs on them is chosen by the name, never inside a traced graph.
+TRITON = torch.library.Library("gptkernels_triton", "DEF")
 MaybeTensor = Tensor | None
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
-    """Define an operator by its schema; the decorated function is its fake."""
+    """Define an operator by its schema, for the native libraries and for Triton; the decorated function is its fake."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
+    TRITON.define(schema)
 
     def register(fake: Callable) -> Callable:
         torch.library.register_fake(f"gptkernels::{name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"gptkernels_triton::{name}", fake, lib=TRITON)
         return fake
 
     return register

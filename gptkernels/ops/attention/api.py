@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.backend import autocast_dtype, check_backward, resolve, say_fallback
 from gptkernels.ops.attention import native, reference
 
-# The widest head whose tiles the cpu kernels keep in the caches.
+# The widest head whose tiles the kernels keep in the caches or in shared memory.
 MAX_HEAD_DIM = 256
 
 
@@ -30,14 +30,14 @@ def causal_attention(
         out_i = sum over j <= i + S - T of dropout(softmax_j(scale q_i . k_j)) v_j
 
     Args:
-        q: (B, H, T, D), float32 or bfloat16 (any floating dtype with backend="reference").
+        q: (B, H, T, D), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
         k, v: (B, H, S, D) in q's dtype. With S > T the queries are the last T tokens (bottom-right alignment); with
             S < T the first T - S queries see no key and give 0. Any strides; a last dimension that is not contiguous is copied.
         scale: factor of the scores, 1/sqrt(D) if None.
         dropout_p: probability of dropping a weight, in [0, 1); kept ones are scaled by 1/(1 - dropout_p).
         seed: key of the dropout mask, an int or a 0-d int64 tensor, needed when dropout_p > 0. Every backend draws the
             same mask: Philox4x32-10 on the absolute (batch, head, row, column).
-        backend: "auto", "reference" or "cpu" (D <= 256).
+        backend: "auto", "reference", "cpu" or "triton" (both D <= 256).
     Returns:
         (B, H, T, D) in q's dtype (autocast's under autocast), token-major in memory: out.transpose(1, 2) is contiguous.
     Raises:
@@ -51,11 +51,12 @@ def causal_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, q.device)
-    if choose(backend, q) == "reference":
+    backend = choose(backend, q)
+    if backend == "reference":
         return reference.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=key)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return CausalAttention.apply(q, k, v, scale, dropout_p, key)
-    return native.forward(q, k, v, scale, dropout_p, key)[0]
+        return CausalAttention.apply(backend, q, k, v, scale, dropout_p, key)
+    return native.forward(backend, q, k, v, scale, dropout_p, key)[0]
 
 
 def causal_attention_packed(
@@ -82,11 +83,12 @@ def causal_attention_packed(
     qkv = qkv.to(autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, qkv.device)
-    if choose(backend, qkv) == "reference":
+    backend = choose(backend, qkv)
+    if backend == "reference":
         return reference.causal_attention_packed(qkv, scale=scale, dropout_p=dropout_p, seed=key)
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return CausalAttentionPacked.apply(qkv, scale, dropout_p, key)
-    return native.packed_forward(qkv, scale, dropout_p, key)[0]
+        return CausalAttentionPacked.apply(backend, qkv, scale, dropout_p, key)
+    return native.packed_forward(backend, qkv, scale, dropout_p, key)[0]
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -105,13 +107,15 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def choose(backend: str, x: Tensor) -> str:
     """The backend for x's dtype, device and head dim."""
-    if x.shape[-1] > MAX_HEAD_DIM:
-        if backend == "cpu":
-            raise ValueError(
-                f"backend='cpu' takes a head dim up to {MAX_HEAD_DIM}, got {x.shape[-1]}: use more heads or backend='reference'"
-            )
-        return "reference" if backend == "auto" else resolve(backend, x)
-    return resolve(backend, x)
+    D = x.shape[-1]
+    if D <= MAX_HEAD_DIM or backend == "reference":
+        return resolve(backend, x)
+    if backend == "auto":
+        say_fallback(f"no kernels for a head dim of {D}, over {MAX_HEAD_DIM}")
+        return "reference"
+    raise ValueError(
+        f"backend={backend!r} takes a head dim up to {MAX_HEAD_DIM}, got {D}: use more heads or backend='reference'"
+    )
 
 
 def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -138,33 +142,34 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
     ) -> Tensor:
-        out, stats = native.forward(q, k, v, scale, dropout_p, seed)
+        out, stats = native.forward(backend, q, k, v, scale, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, stats, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.backend, ctx.scale, ctx.dropout_p = backend, scale, dropout_p
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         q, k, v, out, stats, seed = ctx.saved_tensors
-        gradients = native.backward(dout, q, k, v, out, stats, ctx.scale, ctx.dropout_p, seed)
-        return *gradients, None, None, None
+        gradients = native.backward(ctx.backend, dout, q, k, v, out, stats, ctx.scale, ctx.dropout_p, seed)
+        return None, *gradients, None, None, None
 
 
 class CausalAttentionPacked(torch.autograd.Function):
     """causal_attention_packed with the native backward."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
-        out, stats = native.packed_forward(qkv, scale, dropout_p, seed)
+    def forward(ctx: Any, backend: str, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+        out, stats = native.packed_forward(backend, qkv, scale, dropout_p, seed)
         ctx.save_for_backward(qkv, out, stats, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.backend, ctx.scale, ctx.dropout_p = backend, scale, dropout_p
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         qkv, out, stats, seed = ctx.saved_tensors
-        return native.packed_backward(dout, qkv, out, stats, ctx.scale, ctx.dropout_p, seed), None, None, None
+        dqkv = native.packed_backward(ctx.backend, dout, qkv, out, stats, ctx.scale, ctx.dropout_p, seed)
+        return None, dqkv, None, None, None

@@ -1,9 +1,10 @@
-"""forward() and backward() of the C++ implementation; PyTorch picks it by the tensors' device."""
+"""forward() and backward() of the raw operators, native or Triton's."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from gptkernels.backend import operators
 
 
 def readable(x: Tensor) -> Tensor:
@@ -12,13 +13,14 @@ def readable(x: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest score and its sum of exponentials."""
-    return torch.ops.gptkernels.attention_forward(readable(q), readable(k), readable(v), scale, dropout_p, seed)
+    return operators(backend).attention_forward(readable(q), readable(k), readable(v), scale, dropout_p, seed)
 
 
 def backward(
+    backend: str,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -30,20 +32,29 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    return torch.ops.gptkernels.attention_backward(
+    return operators(backend).attention_backward(
         readable(dout), readable(q), readable(k), readable(v), out, stats, scale, dropout_p, seed
     )
 
 
-def packed_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def packed_forward(
+    backend: str, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and stats (B, H, T, 2)."""
-    return torch.ops.gptkernels.attention_packed_forward(readable(qkv), scale, dropout_p, seed)
+    return operators(backend).attention_packed_forward(readable(qkv), scale, dropout_p, seed)
 
 
 def packed_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    backend: str,
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """dqkv, contiguous in qkv's layout."""
-    return torch.ops.gptkernels.attention_packed_backward(
+    return operators(backend).attention_packed_backward(
         readable(dout), readable(qkv), out, stats, scale, dropout_p, seed
     )

@@ -27,14 +27,14 @@ def linear_cross_entropy(
         loss = mean over the rows n with targets_n != ignore_index of logsumexp_v(x_n . w_v) - x_n . w_(targets_n)
 
     Args:
-        x: (N, C), float32 or bfloat16 (any floating dtype with backend="reference").
-        weight: (V, C) in x's dtype or float32 (rounded on its way into the product when x is bfloat16; its gradient is
+        x: (N, C), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
+        weight: (V, C) in x's dtype or float32 (rounded on its way into the product when x is a 16-bit type; its gradient is
             then float32).
         targets: (N,) int64, each in [0, vocab_size) or ignore_index.
         ignore_index: the target of rows that do not count.
         reduction: "mean" or "sum".
         vocab_size: rows of weight that are words; the rest is padding, takes no part and gets a zero gradient. None: all.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
     Returns:
         0-d float32 (float64 for float64 inputs); "mean" over no row at all is NaN, as in PyTorch.
     Raises:
@@ -47,11 +47,12 @@ def linear_cross_entropy(
     """
     V = check(x, weight, targets, reduction, vocab_size)
     x = x.to(autocast_dtype(x))
-    if resolve(backend, x) == "reference":
+    backend = resolve(backend, x)
+    if backend == "reference":
         return reference.linear_cross_entropy(
             x, weight, targets, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size
         )
-    arguments = (x, weight, targets, ignore_index, reduction == "mean", V)
+    arguments = (backend, x, weight, targets, ignore_index, reduction == "mean", V)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return LinearCrossEntropy.apply(*arguments)
     return native.forward(*arguments)
@@ -81,10 +82,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        mean: bool,
+        vocab_size: int,
     ) -> Tensor:
-        loss, dx, dweight = native.gradients(x, weight, targets, ignore_index, mean, vocab_size)
-        ctx.settings = (ignore_index, mean, vocab_size)
+        loss, dx, dweight = native.gradients(backend, x, weight, targets, ignore_index, mean, vocab_size)
+        ctx.backend, ctx.settings = backend, (ignore_index, mean, vocab_size)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(dx, dweight)
         else:
@@ -98,13 +106,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         check_backward()
         if torch.compiler.is_compiling():
             dx, dweight = ctx.saved_tensors
-            return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
+            return None, dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
         if ctx.gradients is None:  # a second backward through a retained graph
-            _, dx, dweight = native.gradients(*ctx.saved_tensors, *ctx.settings)
+            _, dx, dweight = native.gradients(ctx.backend, *ctx.saved_tensors, *ctx.settings)
         else:
             dx, dweight = ctx.gradients
             ctx.gradients = None
-        if dloss.item() != 1.0:
+        # On a GPU the scale is not looked at: the host would wait for it.
+        if dloss.is_cuda or dloss.item() != 1.0:
             dx.mul_(dloss)
             dweight.mul_(dloss)
-        return dx, dweight, None, None, None, None
+        return None, dx, dweight, None, None, None, None

@@ -49,11 +49,11 @@ def layer_norm(
         s = x + residual;   y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias      (var is the biased one)
 
     Args:
-        x: (..., C), float32 or bfloat16 (any floating dtype with backend="reference").
+        x: (..., C), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
         weight, bias: (C,) each, or None for 1 and 0; float32 or x's dtype, and the same dtype when both are given.
         eps: added to the variance, positive.
         residual: like x (its dtype may differ: a float32 stream beside a bfloat16 branch), or None.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
     Returns:
         y in x's dtype (autocast's under autocast); with a residual (y, s), s in the wider dtype of x and residual.
     Raises:
@@ -64,15 +64,16 @@ def layer_norm(
     """
     check(x, weight, bias, eps, residual)
     dtype = autocast_dtype(x)
-    wanted = [resolve(backend, x), resolve(backend, x, dtype)]
-    wanted += [] if residual is None else [resolve(backend, residual)]
-    if "reference" in wanted:
+    chosen = [resolve(backend, x), resolve(backend, x, dtype)]
+    chosen += [] if residual is None else [resolve(backend, residual)]
+    if "reference" in chosen:
         result = reference.layer_norm(x, weight, bias, eps, residual=residual)
         return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
     tensors = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return LayerNorm.apply(*tensors, eps, dtype) if residual is None else AddLayerNorm.apply(*tensors, eps, dtype)
-    y, total, _, _ = native.forward(*tensors, eps, dtype)
+        function = LayerNorm if residual is None else AddLayerNorm
+        return function.apply(chosen[0], *tensors, eps, dtype)
+    y, total, _, _ = native.forward(chosen[0], *tensors, eps, dtype)
     return y if residual is None else (y, total)
 
 
@@ -112,19 +113,26 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, _: None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        _: None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
-        y, total, mean, rstd = native.forward(x, None, weight, bias, eps, dtype)
+        y, total, mean, rstd = native.forward(backend, x, None, weight, bias, eps, dtype)
         ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.backend, ctx.has_bias = backend, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         total, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = native.backward(dy, None, total, weight, ctx.has_bias, mean, rstd)
-        return dx, None, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None
+        dx, dweight, dbias = native.backward(ctx.backend, dy, None, total, weight, ctx.has_bias, mean, rstd)
+        return None, dx, None, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):
@@ -133,6 +141,7 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         x: Tensor,
         residual: Tensor,
         weight: Tensor | None,
@@ -142,9 +151,9 @@ class AddLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # The last block's sum is often not used: its gradient is then None, not a tensor of zeros to be read.
         ctx.set_materialize_grads(False)
-        y, total, mean, rstd = native.forward(x, residual, weight, bias, eps, dtype)
+        y, total, mean, rstd = native.forward(backend, x, residual, weight, bias, eps, dtype)
         ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.has_bias, ctx.dtypes = bias is not None, (x.dtype, residual.dtype, dtype)
+        ctx.backend, ctx.has_bias, ctx.dtypes = backend, bias is not None, (x.dtype, residual.dtype, dtype)
         return y, total
 
     @staticmethod
@@ -154,8 +163,9 @@ class AddLayerNorm(torch.autograd.Function):
         x_dtype, residual_dtype, y_dtype = ctx.dtypes
         if dy is None:
             dy = torch.zeros_like(total, dtype=y_dtype)
-        dsum, dweight, dbias = native.backward(dy, dtotal, total, weight, ctx.has_bias, mean, rstd)
+        dsum, dweight, dbias = native.backward(ctx.backend, dy, dtotal, total, weight, ctx.has_bias, mean, rstd)
         return (
+            None,
             dsum.to(x_dtype),
             dsum.to(residual_dtype),
             None if weight is None else dweight,

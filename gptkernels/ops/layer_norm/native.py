@@ -1,26 +1,34 @@
-"""forward() and backward() of the C++ implementation; PyTorch picks it by the tensors' device."""
+"""forward() and backward() of the raw operators, native or Triton's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from gptkernels.backend import operators
 from gptkernels.library import contiguous
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    backend: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in dtype, the sum (x itself without a residual), mean and rstd (fp32)."""
     x = x.contiguous()
     weight, bias = contiguous(weight), contiguous(bias)
     if residual is None:
-        y, mean, rstd = torch.ops.gptkernels.layer_norm_forward(x, weight, bias, eps, dtype)
+        y, mean, rstd = operators(backend).layer_norm_forward(x, weight, bias, eps, dtype)
         return y, x, mean, rstd
-    return torch.ops.gptkernels.add_layer_norm_forward(x, residual.contiguous(), weight, bias, eps, dtype)
+    return operators(backend).add_layer_norm_forward(x, residual.contiguous(), weight, bias, eps, dtype)
 
 
 def backward(
+    backend: str,
     dy: Tensor,
     dtotal: Tensor | None,
     total: Tensor,
@@ -30,6 +38,6 @@ def backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum (dtotal, if any, included), dweight and dbias (empty where there is none)."""
-    return torch.ops.gptkernels.layer_norm_backward(
+    return operators(backend).layer_norm_backward(
         dy.contiguous(), contiguous(dtotal), total, contiguous(weight), has_bias, mean, rstd
     )

@@ -17,11 +17,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         y = x W^T + b
 
     Args:
-        x: (..., C_in), float32 or bfloat16 (any floating dtype with backend="reference").
+        x: (..., C_in), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
         weight: (C_out, C_in), nn.Linear's layout, in x's dtype or float32; a float32 weight beside a bfloat16 x is
             rounded on its way into the product, and its gradient is float32 (so autocast needs no copy of it).
         bias: (C_out,) in weight's dtype, or None.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
     Returns:
         (..., C_out) in x's dtype; in autocast's dtype under autocast.
     Raises:
@@ -32,13 +32,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     check(x, weight, bias)
     dtype = autocast_dtype(x)
     x = x.to(dtype)
-    if resolve(backend, x) == "reference":
+    backend = resolve(backend, x)
+    if backend == "reference":
         return reference.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return Linear.apply(x, weight, bias)
-    return native.forward(x, weight, bias)
+        return Linear.apply(backend, x, weight, bias)
+    return native.forward(backend, x, weight, bias)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -76,14 +77,14 @@ class Linear(torch.autograd.Function):
     """linear with the native backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return native.forward(x, weight, bias)
+        ctx.backend, ctx.has_bias = backend, bias is not None
+        return native.forward(backend, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         x, weight = ctx.saved_tensors
-        dx, dweight, dbias = native.backward(dy, x, weight, ctx.has_bias)
-        return dx, dweight, dbias if ctx.has_bias else None
+        dx, dweight, dbias = native.backward(ctx.backend, dy, x, weight, ctx.has_bias)
+        return None, dx, dweight, dbias if ctx.has_bias else None

@@ -1,18 +1,18 @@
-"""forward() and backward() of the C++ implementation; PyTorch picks it by the tensors' device."""
+"""forward() and backward() of the raw operators, native or Triton's."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from gptkernels.backend import operators
 from gptkernels.library import contiguous
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def forward(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y."""
-    return torch.ops.gptkernels.linear_forward(x.contiguous(), weight.contiguous(), contiguous(bias))
+    return operators(backend).linear_forward(x.contiguous(), weight.contiguous(), contiguous(bias))
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward(backend: str, dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias (empty without a bias)."""
-    return torch.ops.gptkernels.linear_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), has_bias)
+    return operators(backend).linear_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), has_bias)

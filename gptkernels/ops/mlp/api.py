@@ -28,12 +28,12 @@ def gelu_mlp(
         gelu(h) = h/2 (1 + erf(h/sqrt 2)), or by the tanh formula h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3)))
 
     Args:
-        x: (..., C), float32 or bfloat16 (any floating dtype with backend="reference").
+        x: (..., C), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
         w_fc: (F, C) and w_proj: (C, F), nn.Linear's layout, in x's dtype or float32 (rounded on the way into the
-            product when x is bfloat16; their gradients are then float32).
+            product when x is a 16-bit type; their gradients are then float32).
         b_fc: (F,) and b_proj: (C,) in their weight's dtype, or None.
         approximate: "tanh" (GPT-2's weights need it) or "none" (erf).
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
     Returns:
         (..., C) in x's dtype; in autocast's dtype under autocast.
     Raises:
@@ -44,12 +44,13 @@ def gelu_mlp(
     """
     check(x, w_fc, b_fc, w_proj, b_proj, approximate)
     x = x.to(autocast_dtype(x))
-    if resolve(backend, x) == "reference":
+    backend = resolve(backend, x)
+    if backend == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)
     tensors = (x, w_fc, b_fc, w_proj, b_proj)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return GeluMlp.apply(*tensors, approximate == "tanh")
-    return native.forward(*tensors, approximate == "tanh")[0]
+        return GeluMlp.apply(backend, *tensors, approximate == "tanh")
+    return native.forward(backend, *tensors, approximate == "tanh")[0]
 
 
 def check(
@@ -75,10 +76,18 @@ class GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        w_fc: Tensor,
+        b_fc: Tensor | None,
+        w_proj: Tensor,
+        b_proj: Tensor | None,
+        tanh: bool,
     ) -> Tensor:
-        y, h = native.forward(x, w_fc, b_fc, w_proj, b_proj, tanh)
+        y, h = native.forward(backend, x, w_fc, b_fc, w_proj, b_proj, tanh)
         ctx.save_for_backward(x, h, w_fc, w_proj)
+        ctx.backend = backend
         ctx.has_b_fc, ctx.has_b_proj, ctx.tanh = b_fc is not None, b_proj is not None, tanh
         return y
 
@@ -87,6 +96,6 @@ class GeluMlp(torch.autograd.Function):
         check_backward()
         x, h, w_fc, w_proj = ctx.saved_tensors
         dx, dw_fc, db_fc, dw_proj, db_proj = native.backward(
-            dy, x, h, w_fc, w_proj, ctx.has_b_fc, ctx.has_b_proj, ctx.tanh
+            ctx.backend, dy, x, h, w_fc, w_proj, ctx.has_b_fc, ctx.has_b_proj, ctx.tanh
         )
-        return dx, dw_fc, db_fc if ctx.has_b_fc else None, dw_proj, db_proj if ctx.has_b_proj else None, None
+        return None, dx, dw_fc, db_fc if ctx.has_b_fc else None, dw_proj, db_proj if ctx.has_b_proj else None, None

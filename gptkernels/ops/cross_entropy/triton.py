@@ -1,0 +1,263 @@
+"""Linear head and cross-entropy, chunk of rows by chunk of rows, in Triton (Hsu et al. 2024, arXiv 2410.10989, section 3).
+
+    logits = x W^T;   loss_n = logsumexp(logits_n) - logits_n[target_n]
+    dlogits = scale (softmax(logits) - onehot(target));   dx = dlogits W;   dW = dlogits^T x
+
+For a chunk of rows torch.mm makes the logits, in x's dtype, in one buffer; one kernel makes the rows' losses and puts
+dlogits in the logits' place; two products make dx and add to dW, in fp32. The logits of one chunk are all that is held.
+
+The kernel: a program owns a row and reads it twice. The first pass keeps a running maximum and a running sum of
+exponentials for each thread (Milakov and Gimelshein 2018, arXiv 1805.02867), rescaled once in UNROLL vectors, so that no
+barrier is in the loop and one exponential is due for a logit; the second takes another one. The maximum is subtracted
+before the exponent is scaled: folding both into one FMA saves two instructions of 16 that are not the bottleneck, and
+loses digits of a float32 loss. Where only the loss is wanted the second pass is left out.
+Bytes: V elements in and, with gradients, V in again (L2) and V out for each row. Two exponentials a logit keep the MUFU
+unit, 16 a clock, as busy as the memory is; the products around it take 10 times as long.
+Deterministic: one program a row, sums in fixed order, no atomics.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A chunk of this many logits, 2048 rows of GPT-2's vocabulary: 206 MB in bfloat16. Each chunk reads and writes the fp32
+# sums of dW once, 0.3 GB there: an eighth of the time that the products of 2048 rows take on an A100 or H100, and half
+# as many rows would double it; twice as many would double the memory, which is then more than the sums' own.
+CHUNK_LOGITS = 2048 * 50304
+# Columns of the products: whole tiles of cuBLAS. Padding of weight beyond them takes no part at all.
+COLUMNS = 128
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below every logit, and finite: a thread that has seen none has the sum 0 x 2^0, not NaN.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def count_kernel(targets_ptr, used_ptr, N, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    """used = (number of targets that count, number of targets out of range); one program."""
+    used = tl.zeros((BLOCK,), tl.int64)
+    wrong = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(targets_ptr + rows, mask=rows < N, other=IGNORE)
+        counts = target != IGNORE
+        used += counts.to(tl.int64)
+        wrong += (counts & ((target < 0) | (target >= V))).to(tl.int64)
+    tl.store(used_ptr, tl.sum(used, 0))
+    tl.store(used_ptr + 1, tl.sum(wrong, 0))
+
+
+@triton.jit
+def load_logits(
+    row_ptr, start, V, width, UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr
+):
+    """UNROLL vectors of VECTOR logits for each thread in fp32, -inf beyond V."""
+    vector = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR)
+    columns = start + vector + (tl.arange(0, THREADS) * VECTOR)[None, :, None] + tl.arange(0, VECTOR)[None, None, :]
+    if MASKED:
+        # The load's mask ends at the row's width, a multiple of the vector, so that it stays a vector.
+        x = tl.load(row_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        return tl.where(columns < V, x, -float("inf"))
+    return tl.load(row_ptr + columns).to(tl.float32)
+
+
+@triton.jit
+def online_update(x, m, total):
+    """Each thread's running maximum m and sum of exponentials after more logits."""
+    m_new = tl.maximum(m, tl.max(tl.max(x, 2), 0))
+    p = tl.exp2((x - m_new[None, :, None]) * LOG2E)
+    return m_new, total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.sum(p, 2), 0)
+
+
+@triton.jit
+def store_gradient(
+    row_ptr,
+    start,
+    m,
+    factor,
+    V,
+    width,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """logits -> factor exp(logits - m), and 0 from V to the row's width."""
+    x = load_logits(row_ptr, start, V, width, UNROLL, THREADS, VECTOR, MASKED)
+    vector = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR)
+    columns = start + vector + (tl.arange(0, THREADS) * VECTOR)[None, :, None] + tl.arange(0, VECTOR)[None, None, :]
+    p = (tl.exp2((x - m) * LOG2E) * factor).to(row_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(row_ptr + columns, p, mask=columns < width)
+    else:
+        tl.store(row_ptr + columns, p)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    used_ptr,
+    V,
+    width,
+    stride,
+    IGNORE: tl.constexpr,
+    MEAN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Loss of one row of logits; with GRADIENT the row becomes scale (softmax - onehot), 0 from V to width."""
+    n = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + n * stride
+    target = tl.load(targets_ptr + n)
+    STEP: tl.constexpr = UNROLL * THREADS * VECTOR
+    SMALL: tl.constexpr = THREADS * VECTOR
+    whole = V // STEP * STEP
+    if (target == IGNORE) | (target < 0) | (target >= V):
+        tl.store(losses_ptr + n, 0.0)
+        if GRADIENT:
+            for start in range(0, width, SMALL):
+                columns = start + tl.arange(0, SMALL)
+                tl.store(row_ptr + columns, tl.zeros((SMALL,), row_ptr.dtype.element_ty), mask=columns < width)
+    else:
+        target_logit = tl.load(row_ptr + target).to(tl.float32)
+        m = tl.full((THREADS,), LOWEST, tl.float32)
+        total = tl.zeros((THREADS,), tl.float32)
+        for start in range(0, whole, STEP):
+            m, total = online_update(load_logits(row_ptr, start, V, width, UNROLL, THREADS, VECTOR, False), m, total)
+        for start in range(whole, V, SMALL):
+            m, total = online_update(load_logits(row_ptr, start, V, width, 1, THREADS, VECTOR, True), m, total)
+        m_row = tl.max(m, 0)
+        total_row = tl.sum(total * tl.exp2((m - m_row) * LOG2E), 0)
+        tl.store(losses_ptr + n, m_row - target_logit + tl.log(total_row))
+        if GRADIENT:
+            scale = 1.0
+            if MEAN:
+                scale = 1.0 / tl.load(used_ptr).to(tl.float32)
+            factor = scale / total_row
+            for start in range(0, whole, STEP):
+                store_gradient(row_ptr, start, m_row, factor, V, width, UNROLL, THREADS, VECTOR, False)
+            for start in range(whole, width, SMALL):
+                store_gradient(row_ptr, start, m_row, factor, V, width, 1, THREADS, VECTOR, True)
+            p = tl.exp2((target_logit - m_row) * LOG2E) * factor
+            tl.debug_barrier()  # the target's column was just written by one thread, and is written again by another
+            tl.store(row_ptr + target, (p - scale).to(row_ptr.dtype.element_ty))
+
+
+def tiles(itemsize: int) -> dict[str, int]:
+    """Constexprs and warps for logits of itemsize bytes: 16-byte vectors, 32 logits in flight a thread."""
+    return {"UNROLL": 2 * itemsize, "THREADS": 256, "VECTOR": 16 // itemsize, "num_warps": 8}
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make x's device the current one, which is where Triton launches; entering it costs 3 us, so only where needed."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a b; the factors may be 16-bit beside fp32 sums."""
+    if a.dtype == sums.dtype:
+        torch.addmm(sums, a, b, out=sums)
+    elif a.is_cuda:
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+    else:  # The CPU, where kernels are interpreted, has no product that widens.
+        torch.addmm(sums, a.to(sums.dtype), b.to(sums.dtype), out=sums)
+
+
+def count_targets(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    """(1,) number of targets that count, on their device; raises where one is out of range (see forward below)."""
+    counts = targets.new_empty((2,))
+    count_kernel[(1,)](targets, counts, targets.shape[0], vocab_size, IGNORE=ignore_index, BLOCK=2048, num_warps=8)
+    message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
+    torch._assert_async(counts[1] == 0, message)
+    return counts[:1]
+
+
+def cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    mean: bool,
+    vocab_size: int,
+    dx: Tensor | None,
+    sums: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the number of targets that count; with dx and sums, those become dx and dW (fp32) but for
+    float16's factor 1 / used."""
+    N, width = x.shape[0], min(weight.shape[0], triton.cdiv(vocab_size, COLUMNS) * COLUMNS)
+    used = count_targets(targets, ignore_index, vocab_size)
+    losses = x.new_empty((N,), dtype=torch.float32)
+    weight = weight[:width].to(x.dtype)
+    chunks = triton.cdiv(N * width, CHUNK_LOGITS)
+    rows = min(N, triton.cdiv(triton.cdiv(N, max(1, chunks)), COLUMNS) * COLUMNS)
+    stride = triton.cdiv(width, 16) * 16
+    buffer = x.new_empty((rows, stride))
+    tile = tiles(x.element_size())
+    scaled = mean and x.dtype != torch.float16
+    for begin in range(0, N, max(1, rows)):
+        chunk = slice(begin, min(N, begin + rows))
+        logits = buffer[: chunk.stop - begin, :width]
+        torch.mm(x[chunk], weight.t(), out=logits)
+        cross_entropy_kernel[(logits.shape[0],)](
+            logits,
+            targets[chunk],
+            losses[chunk],
+            used,
+            vocab_size,
+            width,
+            stride,
+            IGNORE=ignore_index,
+            MEAN=scaled,
+            GRADIENT=dx is not None,
+            **tile,
+        )
+        if dx is not None and sums is not None:
+            torch.mm(logits, weight, out=dx[chunk])
+            add_product(sums[:width], logits.t(), x[chunk])
+    total = losses.sum()
+    return (total / used[0] if mean else total), used
+
+
+def linear_cross_entropy_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
+) -> Tensor:
+    """The loss.
+
+    A target out of range raises RuntimeError on the CPU. On a GPU, which is not waited for, it is a device-side
+    assertion, as PyTorch's own: the process's next synchronisation raises, and its CUDA context is lost.
+    """
+    with on_device_of(x):
+        loss, _ = cross_entropy(
+            x.contiguous(), weight.contiguous(), targets.contiguous(), ignore_index, mean, vocab_size, None, None
+        )
+    return loss
+
+
+def linear_cross_entropy_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, dx and dweight; a target out of range as in the forward.
+
+    float16's dlogits are kept without the factor 1 / used, which would push most of them below its smallest number.
+    """
+    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
+    dx = torch.empty_like(x)
+    sums = torch.zeros_like(weight, dtype=torch.float32)
+    with on_device_of(x):
+        loss, used = cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, dx, sums)
+        if mean and x.dtype == torch.float16:
+            factor = 1.0 / used.clamp(min=1)
+            dx.mul_(factor)
+            sums.mul_(factor)
+    return loss, dx, sums.to(weight.dtype)

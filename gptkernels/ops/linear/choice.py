@@ -1,0 +1,70 @@
+"""Which GEMM runs a product of the Triton backend: the kernels here ("triton") or torch's ("cublas").
+
+A winner measured on this device (`gptkernels tune` stores it) decides; where there is none, a rule does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# The widest K for which a pass over memory saved by the epilogue is worth more than what a Triton GEMM is slower than
+# cuBLAS, about 8 % of its time: 0.08 * 2K / (220 TFLOP/s) = 2 bytes / (1.4 TB/s) an element on an A100 gives 1960. The
+# backward's epilogue saves twice the bytes. A plain product saves nothing.
+WIDEST_K = {"plain": 0, "gelu": 2048, "gelu_backward": 4096}
+
+
+@lru_cache(maxsize=4096)
+def choose(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+    """ "triton" or "cublas" for a product (M, K) x (K, N): "plain", with the "gelu" epilogue, or with "gelu_backward"'s."""
+    if device.type != "cuda":
+        return "triton"
+    stored = measurements().get(torch.cuda.get_device_name(device), {})
+    return stored.get(key(product, M, N, K, dtype)) or by_rule(product, M, N, K, dtype, device)
+
+
+def by_rule(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The choice without a measurement."""
+    # float32 runs on the FMA units, where cuBLAS is further ahead than a pass costs.
+    if dtype == torch.float32 or WIDEST_K[product] < K:
+        return "cublas"
+    # Rows that begin off 16 bytes are loaded one element at a time, and fewer tiles than processors leave some idle:
+    # cuBLAS has kernels for both.
+    tiles = -(-M // 64) * -(-N // 64)
+    if N % 8 or K % 8 or tiles < torch.cuda.get_device_properties(device).multi_processor_count:
+        return "cublas"
+    return "triton"
+
+
+def key(product: str, M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """A measurement's name: one holds for all M up to the next power of two."""
+    return f"{product} {str(dtype).removeprefix('torch.')} {1 << max(M - 1, 0).bit_length()}x{N}x{K}"
+
+
+def measurements_file() -> Path:
+    """Where winners are stored: $GPTKERNELS_CACHE, else ~/.cache/gptkernels."""
+    return Path(os.environ.get("GPTKERNELS_CACHE") or Path.home() / ".cache" / "gptkernels") / "gemm.json"
+
+
+@lru_cache(maxsize=1)
+def measurements() -> dict[str, dict[str, str]]:
+    """Winners by device name, then by key()."""
+    path = measurements_file()
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def store_winner(product: str, M: int, N: int, K: int, dtype: torch.dtype, device_name: str, winner: str) -> None:
+    """Store a measured winner, "triton" or "cublas"; it holds from now on, in this process too."""
+    if winner not in ("triton", "cublas"):
+        raise ValueError(f"winner must be 'triton' or 'cublas', got {winner!r}")
+    stored = {name: dict(winners) for name, winners in measurements().items()}
+    stored.setdefault(device_name, {})[key(product, M, N, K, dtype)] = winner
+    path = measurements_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1, sort_keys=True))
+    measurements.cache_clear()
+    choose.cache_clear()

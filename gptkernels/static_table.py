@@ -1,0 +1,160 @@
+"""`gptkernels kernels`: what every Triton kernel uses on each GPU architecture, compiled here without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from typing import Any
+
+OVERVIEW = """\
+columns:
+  regs, spill      registers of a thread; bytes of them that do not fit and live in memory
+  shared           KB of a block, and what the architecture allows
+  occ              warps that fit on a multiprocessor at once, of those that it can hold
+  tensor cores     instructions in the code: mma (sm_80 to sm_89, sm_120), wgmma (sm_90), tcgen05 (sm_100)
+  async            how matrices reach shared memory: cp.async or TMA
+  ld, st           bytes of a thread's widest load and store in global memory (a TMA load is none of a thread's)
+  instr            instructions in the code
+  /elem            instructions that a thread executes for each element; - where the code loops
+A kernel that spills, does not fit, or leaves tensor cores, cp.async/TMA or 16-byte loads unused is named at the end.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one architecture."""
+
+    op: str
+    size: str
+    dtype: str
+    arch: int
+    kernel: str
+    figures: dict[str, Any]
+    per_element: float | None
+    problems: list[str]
+
+
+def rows_of(index: int, arch: int, liger: bool) -> list[Row]:
+    """Compile the kernels of one case; runs in a process of its own, which finds the case by its index."""
+    from gptkernels.static import figures, problems, recorded
+
+    case = all_cases(liger)[index]
+    with recorded(arch) as launches:
+        case.run(f"cuda:{arch}")
+    rows = []
+    for launch in {launch.key: launch for launch in reversed(launches)}.values():
+        found = figures(launch)
+        per_element = None
+        if case.elements is not None and found.executed is not None:
+            programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
+            per_element = found.executed * found.threads * programs / case.elements(launch)
+        wrong = problems(found, case.dtype) if not case.op.startswith("liger") else []
+        dtype = str(case.dtype).removeprefix("torch.")
+        rows.append(Row(case.op, case.size, dtype, arch, launch.name, found.as_dict(), per_element, wrong))
+    return rows[::-1]
+
+
+def all_cases(liger: bool) -> list[Any]:
+    from gptkernels.static_cases import cases, liger_cases
+
+    return cases() + (liger_cases() if liger else [])
+
+
+def table(arches: Sequence[int], everything: bool, op: str, liger: bool, jobs: int) -> Iterator[Row]:
+    """The rows, case by case, as they come from `jobs` processes."""
+    chosen = [
+        (i, arch)
+        for i, case in enumerate(all_cases(liger))
+        if (everything or case.usual) and op in case.op
+        for arch in arches
+    ]
+    if not chosen:
+        raise ValueError(f"no kernels of an operator called {op!r}")
+    indices, archs = zip(*chosen, strict=True)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for rows in pool.map(rows_of, indices, archs, repeat(liger)):
+            yield from rows
+
+
+# Column and width.
+COLUMNS = {"kernel": 28, "case": 27, "dtype": 9, "sm": 4, "regs": 5, "spill": 6, "shared": 11, "warps": 6, "occ": 5}
+COLUMNS |= {"tensor cores": 13, "async": 9, "ld": 3, "st": 3, "instr": 6, "/elem": 6}
+
+
+def line(cells: Iterable[object]) -> str:
+    return " ".join(str(cell).ljust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)).rstrip()
+
+
+def text(row: Row) -> str:
+    f = row.figures
+    units = ", ".join(f"{count} {kind}" for kind, count in f["tensor_cores"].items()) or "-"
+    shared = f"{f['shared'] / 1024:.0f} of {f['shared_limit'] // 1024}"
+    per_element = "-" if row.per_element is None else f"{row.per_element:.1f}"
+    usage = (
+        f["registers"],
+        f["spilled"],
+        shared,
+        f["threads"] // 32,
+        f"{f['occupancy']:.0%}",
+        units,
+        f["asynchronous"],
+    )
+    counts = (f["widest_load"], f["widest_store"], f["instructions"], per_element)
+    return line((row.kernel, f"{row.op} {row.size}", row.dtype, row.arch, *usage, *counts))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; 1 if a kernel is not as it should be."""
+    parser = argparse.ArgumentParser(
+        prog="gptkernels kernels",
+        description=__doc__,
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--arch",
+        type=int,
+        nargs="+",
+        default=[80, 90, 100],
+        metavar="SM",
+        help="80 86 89 90 100 120 (default 80 90 100)",
+    )
+    add("--all", action="store_true", help="every size and architecture; without a cache some 30 minutes")
+    add("--op", default="", help="only operators with this in their name")
+    add(
+        "--liger",
+        action="store_true",
+        help="also Liger-Kernel's LayerNorm and cross-entropy (pip install liger-kernel)",
+    )
+    add("--json", action="store_true", help="one JSON object a line")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    options = parser.parse_args(argv)
+    try:
+        from gptkernels.static import ARCHES
+
+        all_cases(options.liger)
+    except ImportError as error:
+        print(f"gptkernels kernels needs triton, and liger-kernel for --liger: {error}", file=sys.stderr)
+        return 2
+    arches = ARCHES if options.all else options.arch
+    if unknown := [arch for arch in arches if arch not in ARCHES]:
+        parser.error(f"--arch must be of {', '.join(map(str, ARCHES))}, got {unknown[0]}")
+    wrong = []
+    if not options.json:
+        print(line(COLUMNS))
+    for row in table(arches, options.all, options.op, options.liger, options.jobs):
+        print(json.dumps(dataclasses.asdict(row)) if options.json else text(row), flush=True)
+        wrong += [
+            f"{row.kernel} ({row.op} {row.size}, {row.dtype}, sm_{row.arch}) {problem}" for problem in row.problems
+        ]
+    for message in wrong:
+        print(message, file=sys.stderr)
+    return 1 if wrong else 0

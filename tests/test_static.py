@@ -1,0 +1,138 @@
+"""Every Triton kernel compiles for GPUs that are not here, and its machine code is as it should be.
+
+A part of what `make gpu-static` compiles: one of each kernel, bfloat16, sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheels for this platform")
+import triton
+import triton.language as tl
+
+from gptkernels import static, static_table
+from gptkernels.static_cases import cases
+
+KERNELS = {
+    "attention": {"attention_forward_kernel", "query_gradient_kernel", "key_gradient_kernel"},
+    "layer_norm": {"forward_kernel", "backward_kernel", "sum_kernel"},
+    "cross_entropy": {"count_kernel", "cross_entropy_kernel"},
+    "linear": {"gemm_kernel", "column_sums_kernel"},
+    "mlp": {"gemm_gelu_kernel", "gemm_gelu_backward_kernel"},
+}
+USUAL = {case.op: case for case in reversed(cases()) if case.usual and case.dtype == torch.bfloat16}
+TENSOR_CORES = {80: "mma", 90: "wgmma"}
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.parametrize("op", KERNELS)
+def test_machine_code(op, arch):
+    case = USUAL[op]
+    with static.recorded(arch) as launches:
+        case.run(f"cuda:{arch}")
+    by_name = {launch.name: launch for launch in reversed(launches)}
+    assert by_name.keys() >= KERNELS[op]
+    for name in KERNELS[op]:
+        found = static.figures(by_name[name])
+        assert static.problems(found, case.dtype) == [], f"{name} on sm_{arch}: {found}"
+        assert set(found.tensor_cores) == ({TENSOR_CORES[arch]} if found.matrix else set()), found
+        assert found.matrix == (op == "attention" or name.startswith("gemm"))
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, scale, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < size) * scale, mask=i < size)
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, K, BLOCK: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+    i, k = tl.arange(0, BLOCK), tl.arange(0, 16)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, 16):
+        a = tl.load(a_ptr + i[:, None] * K + start + k[None, :])
+        b = tl.load(b_ptr + i[:, None] * K + start + k[None, :])
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    tl.store(out_ptr + i[:, None] * BLOCK + i[None, :], acc)
+
+
+def figures_of(kernel, *arguments, dtype=torch.bfloat16, arch=80, **options) -> static.Figures:
+    """Figures of one launch; a tuple among the arguments is the shape of a tensor, its last number an offset into it."""
+    with static.recorded(arch) as launches:
+        tensors = [
+            torch.empty(a[0] + a[1], dtype=dtype, device=f"cuda:{arch}")[a[1] :] if isinstance(a, tuple) else a
+            for a in arguments
+        ]
+        kernel[(1,)](*tensors, **options)
+    return static.figures(launches[0])
+
+
+def test_alignment_decides_the_width_of_loads():
+    aligned = figures_of(copy_kernel, (1024, 0), (1024, 0), 2.0, 1024, BLOCK=1024)
+    assert (aligned.widest_load, aligned.widest_store, aligned.executed) == (16, 16, aligned.instructions)
+    assert static.problems(aligned, torch.bfloat16) == []
+    shifted = figures_of(copy_kernel, (1024, 1), (1024, 0), 2.0, 1024, BLOCK=1024)
+    assert shifted.widest_load == 2
+    assert static.problems(shifted, torch.bfloat16) == ["loads no more than 2 bytes at once"]
+
+
+def test_a_kernel_that_spills_is_found():
+    fits = figures_of(product_kernel, (4096, 0), (4096, 0), (4096, 0), 64, BLOCK=64, num_warps=4)
+    assert fits.matrix and not fits.spilled and fits.executed is None
+    spills = figures_of(product_kernel, (16384, 0), (16384, 0), (16384, 0), 64, BLOCK=128, num_warps=2)
+    assert any("spills" in problem for problem in static.problems(spills, torch.bfloat16))
+
+
+def test_float32_in_tf32_is_found():
+    size = (4096, 0)
+    for precision, wrong in (("ieee", []), ("tf32", ["multiplies float32 matrices in TF32"])):
+        found = figures_of(product_kernel, size, size, size, 64, dtype=torch.float32, BLOCK=64, PRECISION=precision)
+        assert static.problems(found, torch.float32) == wrong
+
+
+def test_blocks_of_a_multiprocessor():
+    """Worked by hand from the occupancy rules for sm_80."""
+    device = static.DEVICES[80]
+    assert static.blocks_per_multiprocessor(device, registers=32, warps=8, shared=0) == 8  # warps
+    assert static.blocks_per_multiprocessor(device, registers=255, warps=4, shared=0) == 2  # registers
+    assert static.blocks_per_multiprocessor(device, registers=32, warps=4, shared=54 * 1024) == 2  # shared memory
+    assert static.blocks_per_multiprocessor(device, registers=32, warps=1, shared=0) == 32  # blocks
+
+
+def test_recording_runs_nothing_and_leaves_nothing():
+    before = torch.cuda.current_device, torch.cuda.get_device_properties, triton.JITFunction.run
+    with static.recorded(90) as launches:
+        x = torch.empty(3, 5, device="cuda:90", dtype=torch.float16)
+        assert (x.device, x.is_cuda, x.new_empty(2).get_device()) == (torch.device("cuda", 90), True, 90)
+        assert torch.cuda.get_device_capability(x.device) == (9, 0)
+        assert torch.zeros(2).device.type == "cpu"
+        copy_kernel[lambda meta: (meta["BLOCK"] // 8,)](x, x, 1.5, 15, BLOCK=16, num_warps=2)
+    (launch,) = launches
+    assert (launch.name, launch.grid, launch.options["num_warps"]) == ("copy_kernel", (2,), 2)
+    assert launch.signature == {
+        "x_ptr": "*fp16",
+        "out_ptr": "*fp16",
+        "scale": "fp32",
+        "size": "i32",
+        "BLOCK": "constexpr",
+    }
+    assert before == (torch.cuda.current_device, torch.cuda.get_device_properties, triton.JITFunction.run)
+    with pytest.raises(ValueError, match="75"), static.recorded(75):
+        pass
+
+
+def test_the_table_shows_a_case(capsys):
+    index = next(i for i, case in enumerate(cases()) if case.op == "layer_norm" and case.usual)
+    rows = static_table.rows_of(index, 80, liger=False)
+    assert {row.kernel for row in rows} == KERNELS["layer_norm"]
+    forward = next(row for row in rows if row.kernel == "forward_kernel")
+    assert forward.per_element is not None and 5 < forward.per_element < 24
+    cells = static_table.text(forward).split()
+    assert cells[:5] == ["forward_kernel", "layer_norm", "C=768", "bfloat16", "80"]
+    with pytest.raises(SystemExit):
+        static_table.main(["--arch", "75"])
+    assert "--arch must be of 80" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no kernels"):
+        static_table.main(["--op", "nothing"])
