@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu-static lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/gptkernels demo
@@ -17,6 +17,10 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/gptkernels bench ops
 	$(BIN)/gptkernels bench train
+
+# Every Triton kernel in every tile choice, compiled for sm_80 to sm_120; no GPU is needed, but half an hour is.
+gpu-static: $(VENV)/built
+	$(BIN)/gptkernels kernels --all
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

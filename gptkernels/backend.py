@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -71,6 +70,7 @@ def load_cpu_library() -> tuple[str | None, str]:
 
 
 _cpu_isa, _cpu_explanation = load_cpu_library()
+_triton_explanation = triton_backend.unavailable()
 _printed: set[str] = set()
 
 
@@ -79,7 +79,6 @@ def cpu_library() -> tuple[str | None, str]:
     return _cpu_isa, _cpu_explanation
 
 
-@functools.cache
 def available_backends() -> dict[str, str | None]:
     """Every backend with None where it works here, else the reason why not and the remedy.
 
@@ -87,7 +86,7 @@ def available_backends() -> dict[str, str | None]:
     """
     return {
         "reference": None,
-        "triton": triton_backend.unavailable(),
+        "triton": _triton_explanation,
         "cuda": "cuda has no kernels in this version: use backend='triton' on a GPU, 'cpu' or 'reference' elsewhere",
         "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
     }

@@ -80,6 +80,9 @@ def make_parser() -> Parser:
     text = "show the text that a data= setting means (default shakespeare), fetching it if need be"
     command("data", text, data_command, "[SOURCE]")
     command("check", "is the fast model the same function as the reference?", passed_on, "")
+    command(
+        "kernels", "Triton's kernels compiled for GPUs, without one: registers, spills, tensor cores", passed_on, ""
+    )
     command("bench", "how fast is it, beside plain PyTorch and torch.compile?", passed_on, "")
     command("doctor", "device, toolchains, and which backends work here and why the others do not", doctor_command, "")
     sub = command("demo", "train, check, measure and sample in a few minutes", demo_command, "")
@@ -181,11 +184,15 @@ def passed_on(args: argparse.Namespace) -> int:
 
 
 def hand_over(command: str, argv: list[str]) -> int:
-    """Run `check` or `bench`, which parse their own arguments."""
+    """Run `check`, `kernels` or `bench`, which parse their own arguments."""
     if command == "check":
         from model.equivalence import main as check
 
         return check(argv)
+    if command == "kernels":
+        from gptkernels.static_table import main as kernels
+
+        return kernels(argv)
     try:
         from benchmarks.cli import main as bench
     except ModuleNotFoundError as error:
@@ -197,7 +204,7 @@ def hand_over(command: str, argv: list[str]) -> int:
 
 def dispatch(argv: list[str]) -> int:
     """Parse the command line and run its command."""
-    if argv and argv[0] in ("check", "bench"):
+    if argv and argv[0] in ("check", "kernels", "bench"):
         return hand_over(argv[0], argv[1:])
     parser = make_parser()
     args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option

@@ -108,7 +108,7 @@ class FastGPT(nn.Module):
 
     def embed(self, idx: Tensor) -> Tensor:
         """(B, T, C): token plus position."""
-        # A tied table's gradient is dense from the head: the few rows that were looked up are added to it in place, where a
+        # A tied table's gradient is dense from the head: the few rows that were looked up are added to it, where a
         # dense gradient of the look-up would be a second table, zeroed and added as a whole. The compiler has no such form.
         sparse = self.config.tie and not torch.compiler.is_compiling()
         x = F.embedding(idx, self.transformer.wte.weight, sparse=sparse)

@@ -8,6 +8,8 @@ import torch
 
 # The backends under test and what each computes in. The reference is the oracle; its own tests compare it with torch's ops.
 BACKENDS = {"cpu": (torch.float32, torch.bfloat16)}
+# Those that every operator is compared with float64 on, at every shape that they are fast enough for.
+EXECUTED = {**BACKENDS, "triton": (torch.float32, torch.bfloat16, torch.float16)}
 # Those that interpret their kernels in Python: they run the small cases only.
 SLOW_BACKENDS = ("triton", "simt")
 
@@ -22,10 +24,10 @@ dtypes = pytest.mark.parametrize(
 )
 
 
-def cases(names, small, large=()):
+def cases(names, small, large=(), backends=BACKENDS):
     """Parametrise over backend, dtype and `names`; the large cases only where the backend is fast."""
     parameters = []
-    for backend, kinds in BACKENDS.items():
+    for backend, kinds in backends.items():
         for dtype in kinds:
             for case in [*small, *([] if backend in SLOW_BACKENDS else large)]:
                 case = case if isinstance(case, tuple) else (case,)
@@ -83,14 +85,15 @@ def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def check_against_oracle(call, inputs, backend, draws=3):
+def check_against_oracle(call, inputs, backend, draws=3, few=64):
     """The error of `backend` is at most 2x (gradients 3x) that of the reference in the same dtype, plus one rounding.
 
     The truth is the reference in float64, on the very same numbers. `inputs` makes a dict of arguments from a seed. Each
-    result's error is its largest over some draws, more of them where a result has few numbers: one may be right by luck.
+    result's error is its largest over some draws, more of them where it has fewer than `few` numbers: one may be right by
+    luck.
     """
     worst = {}
-    few = 64 if draws > 1 else 1
+    few = few if draws > 1 else 1
     for seed in range(20):
         given = inputs(1000 * seed + 17)
         ours, douts = results(partial(call, backend=backend), given, seed=1000 * seed + 91)

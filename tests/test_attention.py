@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    EXECUTED,
     LAYOUTS,
     backends,
     cases,
@@ -67,7 +68,7 @@ def attention_inputs(B, H, T, S, D, dtype, seed=0, scale=1.0):
     }
 
 
-@cases("B, H, T, S, D", SMALL + EMPTY, LARGE)
+@cases("B, H, T, S, D", SMALL + EMPTY, LARGE, EXECUTED)
 def test_matches_the_oracle(backend, dtype, B, H, T, S, D):
     check_against_oracle(causal_attention, partial(attention_inputs, B, H, T, S, D, dtype), backend)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    EXECUTED,
     LAYOUTS,
     backends,
     cases,
@@ -48,7 +49,7 @@ def cross_entropy_inputs(N, C, V, dtype, seed=0, *, words=None, ignored=0.2, ign
 
 
 @reductions
-@cases("N, C, V", SMALL, LARGE)
+@cases("N, C, V", SMALL, LARGE, EXECUTED)
 def test_matches_the_oracle(backend, dtype, N, C, V, reduction):
     call = partial(linear_cross_entropy, reduction=reduction)
     check_against_oracle(call, partial(cross_entropy_inputs, N, C, V, dtype), backend)
@@ -125,7 +126,8 @@ def test_large_logits(backend, dtype, scale):
 
     def inputs(seed):
         given = cross_entropy_inputs(9, 16, 43, dtype, seed)
-        given["x"] = (scale * given["x"].detach()).requires_grad_()
+        factor = min(scale, torch.finfo(dtype).max / 64)  # float16's own logits must not overflow
+        given["x"] = (factor * given["x"].detach()).requires_grad_()
         return given
 
     check_against_oracle(linear_cross_entropy, inputs, backend)
@@ -156,7 +158,8 @@ def test_several_chunks(backend, dtype, N, C, V, mixed):
         given["targets"][-1] = 7
         return given
 
-    check_against_oracle(linear_cross_entropy, inputs, backend, draws=1)
+    # float32 weights beside bfloat16 x are rounded: the loss, one number, may be right by luck.
+    check_against_oracle(linear_cross_entropy, inputs, backend, draws=5 if mixed else 1, few=1)
 
 
 @dtypes
@@ -288,6 +291,8 @@ def test_errors(backend, arguments, options, error, message):
 @pytest.mark.parametrize("target, vocab_size", [(9, None), (-1, None), (-2, 9), (5, 5), (2**40, None)])
 def test_targets_out_of_range(backend, target, vocab_size):
     targets = torch.tensor([0, 1, target, 2])
+    # Without a look at the device's memory a kernel can only say that there is one; the cpu says which.
+    messages = {"reference": "out of bounds", "auto": f"got {target} at 2", "cpu": f"got {target} at 2"}
     for given in (x, x.clone().requires_grad_()):
-        with pytest.raises(RuntimeError, match="out of bounds" if backend == "reference" else f"got {target} at 2"):
+        with pytest.raises(RuntimeError, match=messages.get(backend, "targets must be in")):
             linear_cross_entropy(given, w, targets, vocab_size=vocab_size, backend=backend)

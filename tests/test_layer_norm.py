@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    EXECUTED,
     LAYOUTS,
     backends,
     cases,
@@ -28,7 +29,7 @@ from gptkernels.ops.layer_norm import reference
 SMALL = [(1,), (7,), (1, 1), (1, 7), (3, 2), (2, 3, 8), (5, 33), (9, 64)]
 LARGE = [(67, 9), (3, 384), (2, 1, 5, 768), (130, 100), (33, 1000), (1, 4099), (2000, 5)]
 EMPTY = [(0, 7), (3, 0, 5)]
-OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}
+OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def layer_norm_inputs(shape, dtype, seed=0, *, weight=None, bias=None, residual=None, mean=0.0):
@@ -49,7 +50,7 @@ def all_inputs(shape, dtype, seed=0, **options):
 shapes = partial(cases, "shape", [(shape,) for shape in SMALL + EMPTY], [(shape,) for shape in LARGE])
 
 
-@shapes()
+@shapes(backends=EXECUTED)
 def test_matches_the_oracle(backend, dtype, shape):
     check_against_oracle(layer_norm, partial(layer_norm_inputs, shape, dtype, weight=dtype, bias=dtype), backend)
 
@@ -124,7 +125,8 @@ def test_magnitudes(backend, dtype, scale):
 
     def inputs(seed):
         given = layer_norm_inputs((4, 24), dtype, seed, weight=dtype)
-        given["x"] = (given["x"].detach() * scale).requires_grad_()
+        factor = min(scale, torch.finfo(dtype).max ** 0.4)  # float16 reaches 65504, and its reference squares in it
+        given["x"] = (given["x"].detach() * factor).requires_grad_()
         return given
 
     check_against_oracle(layer_norm, inputs, backend)

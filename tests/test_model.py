@@ -74,7 +74,7 @@ def check_against_oracle(config, dtype, T=None, ignore_after=None):
         assert ours.keys() == oracle.keys()
         for name, right in oracle.items():
             found = ((ours[name] - right).abs().max(), (plain[name] - right).abs().max(), right.abs().max())
-            worst[name] = [max(pair) for pair in zip(found, worst.get(name, found))]
+            worst[name] = [max(pair) for pair in zip(found, worst.get(name, found), strict=True)]
     for name, (error, plain_error, magnitude) in worst.items():
         allowed = 2 * plain_error + torch.finfo(dtype).eps * magnitude
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
@@ -267,7 +267,7 @@ def test_wrong_inputs_are_refused(kind, shape):
 def test_wrong_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
-    with pytest.raises(TypeError, match="n_layer must be of type int, got 2.0"):
+    with pytest.raises(TypeError, match=r"n_layer must be of type int, got 2\.0"):
         replace(CONFIG, n_layer=2.0)
     with pytest.raises(ValueError, match="vocab_size must be positive"):
         GPT(replace(CONFIG, vocab_size=0))

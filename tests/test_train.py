@@ -361,7 +361,7 @@ def test_the_cards_say_what_matters(settings, tmp_path, capsys):
     parameters = sum(p.numel() for p in build_model(resolve(str(tmp_path / "a" / "config.toml"))[0]).parameters())
     for part in (f"parameters  {parameters:,}", "4 x 16 = 64 tokens", "FLOPs a token", "memory  about", "1 thread\n",
                  "backends  ", "linear_cross_entropy", result["data_sha256"][:12], "seed  1337", "12/12 100% | loss",
-                 "| gnorm", "MiB", f"best {result['best_val_loss']:.4f}", "peak memory", result["sample"],
+                 "| gnorm", "iB | eta", f"best {result['best_val_loss']:.4f}", "peak memory", result["sample"],
                  f"gptkernels sample {tmp_path}/a 'the quick", "bits a byte", "ms a step"):  # fmt: skip
         assert part in out, part
 

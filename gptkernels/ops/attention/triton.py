@@ -62,7 +62,7 @@ def key_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int) -> dict[s
     if D <= 64:
         return tile(32, 128, 64, D)
     if D <= 128:
-        return tile(32, 128, 64, D, num_warps=8)
+        return tile(32, 128, 128 if D > 96 else 64, D, num_warps=8)
     return tile(64, 32 if shared_memory >= LARGE_SHARED_MEMORY else 16, 64, D)
 
 

@@ -154,8 +154,8 @@ def key_gradient_queries(
             ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta[None, :])
         else:
             dp = inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), v, dout, PRECISION)
-            ds = p * (dp - delta[None, :])
             dv = add_product(dv, p, dout, PRECISION)
+            ds = p * (dp - delta[None, :])
         ds = ds.to(q[0].dtype)
         dk = add_product(dk, ds, q, PRECISION)
         if ATOMICS:

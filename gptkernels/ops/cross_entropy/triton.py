@@ -174,6 +174,11 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(sums, a.to(sums.dtype), b.to(sums.dtype), out=sums)
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The first multiple from n up."""
+    return -(-n // multiple) * multiple
+
+
 def count_targets(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """(1,) number of targets that count, on their device; raises where one is out of range (see forward below)."""
     counts = targets.new_empty((2,))
@@ -195,13 +200,13 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the number of targets that count; with dx and sums, those become dx and dW (fp32) but for
     float16's factor 1 / used."""
-    N, width = x.shape[0], min(weight.shape[0], triton.cdiv(vocab_size, COLUMNS) * COLUMNS)
+    N, width = x.shape[0], min(weight.shape[0], round_up(vocab_size, COLUMNS))
     used = count_targets(targets, ignore_index, vocab_size)
     losses = x.new_empty((N,), dtype=torch.float32)
     weight = weight[:width].to(x.dtype)
-    chunks = triton.cdiv(N * width, CHUNK_LOGITS)
-    rows = min(N, triton.cdiv(triton.cdiv(N, max(1, chunks)), COLUMNS) * COLUMNS)
-    stride = triton.cdiv(width, 16) * 16
+    chunks = max(1, -(-N * width // CHUNK_LOGITS))
+    rows = min(N, round_up(-(-N // chunks), COLUMNS))
+    stride = round_up(width, 16)
     buffer = x.new_empty((rows, stride))
     tile = tiles(x.element_size())
     scaled = mean and x.dtype != torch.float16

@@ -175,18 +175,9 @@ def add_product(acc, a, b, i: tl.constexpr):
 
 @triton.jit
 def load_gradient_part(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    mean,
-    rstd,
-    i: tl.constexpr,
-    rows,
-    N,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, mean, rstd, i: tl.constexpr, rows, N,
+    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """dy, xhat and wdy of part i. Padding needs no mask: dy is 0 there, and so is every product with it."""
     dy = load_part(dy_ptr, i, rows, N, C, BLOCK, TAIL)
     xhat = (load_part(x_ptr, i, rows, N, C, BLOCK, TAIL) - mean) * rstd
@@ -342,14 +333,9 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 def forward(
-    x: Tensor,
-    residual: MaybeTensor,
-    weight: MaybeTensor,
-    bias: MaybeTensor,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float, dtype: torch.dtype,
     total: MaybeTensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean and rstd; the sum goes to total, if there is one."""
     C = x.shape[-1]
     N = x.numel() // C
@@ -361,7 +347,7 @@ def forward(
     narrowest = min(x.element_size(), y.element_size(), 4 if residual is None else residual.element_size())
     tile = tiles(C, narrowest)
     with on_device_of(x):
-        forward_kernel[(triton.cdiv(N, tile["ROWS"]),)](x, residual, weight, bias, y, total, mean, rstd, N, eps, **tile)
+        forward_kernel[(-(-N // tile["ROWS"]),)](x, residual, weight, bias, y, total, mean, rstd, N, eps, **tile)
     return y, mean, rstd
 
 
@@ -396,12 +382,12 @@ def layer_norm_backward(
     dbias = like.new_empty((C if has_bias else 0,))
     tile = tiles(C, min(dy.element_size(), x.element_size()), backward=True)
     resident = processors(x.device) * max(1, BACKWARD_WARPS // tile["num_warps"])
-    programs = max(1, min(resident, triton.cdiv(N, ROWS_A_PROGRAM * tile["ROWS"])))
+    programs = max(1, min(resident, -(-N // (ROWS_A_PROGRAM * tile["ROWS"]))))
     sums = [x.new_empty((programs, C), dtype=torch.float32) if g.numel() else None for g in (dweight, dbias)]
     with on_device_of(x):
         backward_kernel[(programs,)](dy, dtotal, x, weight, mean, rstd, dx, *sums, N, **tile)
         if sums[0] is not None or sums[1] is not None:
-            sum_kernel[(triton.cdiv(C, SUM_COLUMNS),)](
+            sum_kernel[(-(-C // SUM_COLUMNS),)](
                 *sums, dweight, dbias, programs, C=C, BLOCK_ROWS=SUM_ROWS, BLOCK_COLUMNS=SUM_COLUMNS, num_warps=4
             )
     return dx, dweight, dbias

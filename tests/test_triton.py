@@ -1,0 +1,38 @@
+"""The fast model on Triton's kernels, interpreted on the CPU: the same function as the reference, and one way to train."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheels for this platform")
+
+from gptkernels import layer_norm
+from model.equivalence import check, subject
+from model.fast import FastGPT
+from model.generate import generate
+
+SMALL = ("n_layer=1", "n_embd=16", "n_head=2", "context=8", "batch=2", "vocab_size=13")
+
+
+@pytest.mark.parametrize("overrides", [(), ("dropout=0.2",), ("bias=off", "act=gelu", "pos=none")])
+def test_the_model_is_the_references_function(overrides):
+    """Logits, loss, every gradient, and the losses of five training steps."""
+    what = subject("tiny", [*SMALL, *overrides], seed=0)
+    rows = check(what, steps=5, backend="triton", dtype=torch.float32, seed=0)
+    assert len(rows) > 10 and [row.quantity for row in rows if not row.passed] == []
+
+
+def test_it_writes_the_same_text():
+    model = subject("tiny", SMALL, seed=1).weights.eval()
+    prompt = torch.tensor([3, 1, 4])
+    expected = list(generate(model, prompt, 12, temperature=0))
+    assert list(generate(FastGPT.from_reference(model, backend="triton"), prompt, 12, temperature=0)) == expected
+
+
+def test_every_operator_runs_on_it():
+    model = FastGPT.from_reference(subject("tiny", SMALL, seed=0).weights, backend="triton")
+    assert set(model.backends().values()) == {"triton"}
+
+
+def test_dtypes_that_it_does_not_compute_in_are_refused():
+    with pytest.raises(TypeError, match=r"backend='triton' computes in float32 or .*, got torch\.float64"):
+        layer_norm(torch.ones(2, 3, dtype=torch.float64), backend="triton")
