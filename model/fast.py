@@ -7,7 +7,7 @@ is taken from the last hidden state, so that the (B*T, V) logits of a training s
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,24 @@ from model.reference import (
     dropout_seed,
     sinusoidal_positions,
 )
+
+
+class TiedLookUp(torch.autograd.Function):
+    """Rows of a tied table, and the table for the head: one gradient for both uses.
+
+    Autograd would make a second table for the gradient of the look-up, zero it and add the two; here the rows are added to
+    the head's gradient, in its place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor, dtable: Tensor) -> tuple[Tensor, None]:
+        (idx,) = ctx.saved_tensors
+        return dtable.index_add_(0, idx.flatten(), drows.flatten(0, 1)), None
 
 
 class FastGPT(nn.Module):
@@ -83,21 +101,21 @@ class FastGPT(nn.Module):
         same masks as the reference's: needed, and used, only in train mode with dropout > 0.
         """
         check_input(idx, self.config.context)
-        hidden = self.hidden(idx, dropout_seed(self.config.dropout, self.training, seed))
-        weight = self.lm_head.weight
+        rows, weight = self.look_up(idx)
+        hidden = self.hidden(rows, dropout_seed(self.config.dropout, self.training, seed))
         logits = linear(hidden, weight, backend=self.backend) if targets is None or return_logits else None
         if targets is None:
             return logits, None
         loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), backend=self.backend)
         return logits, loss
 
-    def hidden(self, idx: Tensor, seed: int | None) -> Tensor:
-        """(B, T, C): what the head reads. x is the residual stream, h its normalised value."""
+    def hidden(self, rows: Tensor, seed: int | None) -> Tensor:
+        """(B, T, C): what the head reads, from the tokens' embeddings. x is the residual stream, h its normalised value."""
         blocks = cast("list[Block]", list(self.transformer.h))
         # The norm after each MLP is the next block's first one, or the last of all.
         next_norms = [block.ln_1 for block in blocks[1:]] + [self.transformer.ln_f]
         first, backend = blocks[0].ln_1, self.backend
-        x = self.drop(self.embed(idx), seed, 0)
+        x = self.drop(self.add_positions(rows), seed, 0)
         h = layer_norm(x, first.weight, first.bias, backend=backend)
         for layer, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             branch = self.drop(self.attend(block.attn, h, layer, seed), seed, 2 * layer + 1)
@@ -106,13 +124,17 @@ class FastGPT(nn.Module):
             h, x = layer_norm(branch, next_norm.weight, next_norm.bias, residual=x, backend=backend)
         return h
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def look_up(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens' rows (B, T, C) of the embedding table, and the table that the head multiplies by."""
+        table = self.transformer.wte.weight
+        large = table.device.type == "cpu" and table.shape[0] > idx.numel()
+        if self.config.tie and large and not torch.compiler.is_compiling():
+            return TiedLookUp.apply(table, idx)
+        return F.embedding(idx, table), self.lm_head.weight
+
+    def add_positions(self, x: Tensor) -> Tensor:
         """(B, T, C): token plus position."""
-        # A tied table's gradient is dense from the head: the few rows that were looked up are added to it, where a
-        # dense gradient of the look-up would be a second table, zeroed and added as a whole. The compiler has no such form.
-        sparse = self.config.tie and not torch.compiler.is_compiling()
-        x = F.embedding(idx, self.transformer.wte.weight, sparse=sparse)
-        T = idx.shape[1]
+        T = x.shape[1]
         if self.config.pos == "learned":
             table = self.transformer.wpe.weight
             # The gradient of a slice is a zero-filled copy of the table: the whole table is taken where it can be.

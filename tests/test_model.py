@@ -25,6 +25,7 @@ VARIANTS = {
     "untied": replace(CONFIG, tie=False),
     "one head": replace(CONFIG, n_head=1, n_layer=1),
     "dropout": replace(CONFIG, dropout=0.3),
+    "more words than tokens": replace(CONFIG, vocab_size=97),
 }
 DRAWS = 5
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
