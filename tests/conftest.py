@@ -1,12 +1,15 @@
 """What holds in every test."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 # Read when the native library makes its first large result.
 os.environ["GPTKERNELS_POISON"] = "1"
+# A shell ignores Ctrl-C in what it starts in the background, and so would the trainer under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
