@@ -7,13 +7,13 @@
 Tiling: a row is cut into parts of BLOCK columns, one 16-byte vector of the narrowest tensor a lane, and a tail that is
 the next power of two: 768 bfloat16 are 3 x 256, and nothing is padded. Parts are added lane by lane before lanes are
 added, so a row costs one reduction a sum however many parts it has. A lane owns up to 32 columns in fp32 registers; one
-warp owns a row of up to 1024 columns (no shared memory, no barrier), 16 warps one of 16384 (in the backward 8). Rows of one part or less
+warp owns a row of up to 1024 columns (no shared memory, no barrier), 16 warps one of 16384. Rows of one part or less
 share a program: a lane then owns 16 numbers of several rows.
 Bytes a row: x, residual in, y, total out, C elements each (backward: dy, dtotal, x in, dx out), weight and bias from L1:
-memory binds, with about 12 instructions an element in the way.
+memory binds, with about 14 instructions an element in the way (backward 22, and 4 in the second kernel at 256 rows).
 
 dweight and dbias: each of up to PROGRAMS programs adds its rows, in order, in registers and writes one fp32 row; a second
-kernel adds those in a fixed tree. No atomics or locks: the same bits every time, whatever the device.
+kernel adds those in a fixed tree. No atomics or locks: the same bits every time on GPUs of as many processors.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor
 MaybeTensor = Tensor | None
 
 # Columns a warp owns: 32 or 26 a lane, at which a forward takes 76 registers and a backward, which also holds the fp32
-# sums of dweight and dbias, 200. Wider rows than 8 such warps' leave a backward's registers to the sums (16 warps of half
-# as many registers spill), and are read twice.
+# sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only, still in
+# 8 warps: 16 have 128 registers each and spill. There a part is 4 elements a lane in every dtype, again for registers.
 FORWARD_COLUMNS, BACKWARD_COLUMNS, KEPT_COLUMNS = 1024, 832, 8 * 832
 # Backward warps a processor, all of which are resident: 8 have 37 KB of loads under way at C = 768, twice what an H100's
 # memory needs, and their fp32 rows (6 MB) stay in L2. A program has at least 4 rows: its own fp32 rows do not dominate.
