@@ -16,15 +16,20 @@ from gptkernels.ops.attention.triton_forward import attention_forward_kernel
 FORCE_INT64 = False
 # Shared memory of a block on sm_80, taken for tensors that are on no GPU (interpreter, emulator).
 DEFAULT_SHARED_MEMORY = 163 * 1024
-# Below this much (sm_86, 89 and 120 have 99 KiB) the widest heads get smaller tiles.
-LARGE_SHARED_MEMORY = 110 * 1024
 # Longest block of rows: what a tile's offsets are bounded by.
 MAX_BLOCK = 128
 
-# Tiles follow the 255 registers of a thread: with 4 warps a warp owns 32 rows of a 128-row tile, the fewest for which a
-# shared-memory read feeds enough products (16 rows: 2 shared cycles a product, 32 rows: 1), and accumulators of 32 x 128
-# take half of the registers. That leaves scores of 32 columns at D = 128 and of 64 at D = 64. Two stages: a third one
-# leaves room for one block a multiprocessor instead of two at D = 128, and costs 4 % more instructions at D = 64.
+Strides = tuple[int, ...]
+# Programs, scalar arguments, constants.
+Plan = tuple[int, tuple[Any, ...], dict[str, Any]]
+
+# Tiles follow the 255 registers of a thread. With mma.sync (sm_80, 86, 89, 120) operands pass through registers: a warp
+# wants 32 rows, for which a shared-memory read feeds enough products (1 shared cycle a product; 2 with 16 rows), so 4
+# warps take 128 rows, and their accumulators of 32 x 128 leave room for scores of 32 columns at D = 128, of 64 at D = 64.
+# Dropout needs registers for its words, so smaller tiles. Two stages: a third leaves room for one block a multiprocessor
+# instead of two at D = 128. All fit the 99 KiB of sm_86.
+# sm_90 and 100, told by their shared memory, read operands from there: there 8 warps and wider tiles, not yet timed.
+WIDE_SHARED_MEMORY = 200 * 1024
 
 
 def tile(block_m: int, block_n: int, part: int, D: int, num_warps: int = 4, num_stages: int = 2) -> dict[str, Any]:
@@ -36,34 +41,49 @@ def tile(block_m: int, block_n: int, part: int, D: int, num_warps: int = 4, num_
     }  # fmt: skip
 
 
+def part_of(D: int) -> int:
+    """The widest part that pads no more than half of it."""
+    return 64 if D <= 96 else 128
+
+
 @functools.cache
-def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int) -> dict[str, Any]:
+def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
     """Tile of the forward."""
     if dtype == torch.float32:
         return tile(32, 32, 64, D)
+    if shared_memory >= WIDE_SHARED_MEMORY:
+        return tile(128, 64, part_of(D), D, num_warps=8, num_stages=3 if D <= 128 else 2)
     if D <= 64:
-        return tile(128, 64, 32, D, num_stages=3)
-    return tile(128, 32, 64, D) if D <= 128 else tile(64, 32, 64, D)
+        return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, num_stages=3)
+    if D <= 128:
+        return tile(64, 32, 128, D) if dropout else tile(128, 32, 64, D)
+    return tile(64, 16, 64, D)
 
 
 @functools.cache
-def query_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int) -> dict[str, Any]:
+def query_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
     """Tile of dq, whose rows of q and dout stay in shared memory."""
     if dtype == torch.float32:
         return tile(32, 32 if D <= 128 else 16, 64, D)
-    return tile(128, 32, 64, D) if D <= 128 else tile(64, 32, 64, D)
+    if shared_memory >= WIDE_SHARED_MEMORY:
+        return tile(128 if D <= 128 else 64, 64, part_of(D), D, num_warps=8)
+    if D <= 128:
+        return tile(64 if dropout and D > 64 else 128, 32, 64, D)
+    return tile(64, 16, 64, D)
 
 
 @functools.cache
-def key_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int) -> dict[str, Any]:
+def key_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
     """Tile of dk and dv. Both have D columns: above 64, 16 rows a warp; above 128 a warp has part of the columns instead."""
     if dtype == torch.float32:
         return tile(32 if D <= 128 else 16, 32, 64, D)
+    if shared_memory >= WIDE_SHARED_MEMORY:
+        return tile(64 if D <= 64 else 32, 128 if D <= 128 else 64, part_of(D), D, num_warps=8)
     if D <= 64:
-        return tile(32, 128, 64, D)
+        return tile(32, 64 if dropout else 128, 64, D)
     if D <= 128:
-        return tile(32, 128, 128 if D > 96 else 64, D, num_warps=8)
-    return tile(64, 32 if shared_memory >= LARGE_SHARED_MEMORY else 16, 64, D)
+        return tile(16, 64, 128, D) if dropout else tile(32, 128, part_of(D), D, num_warps=8)
+    return tile(64, 16, 64, D)
 
 
 @functools.cache
@@ -74,83 +94,133 @@ def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-@functools.cache
+def needs_int64(*strides: Strides) -> bool:
+    """Whether an offset within a tile passes 2^31."""
+    return any(MAX_BLOCK * each[2] >= 2**31 for each in strides)
+
+
 def dropout_arguments(dropout_p: float) -> tuple[int, float]:
     """The least word that keeps, as a signed 32-bit integer, and the factor of what is kept."""
     threshold = math.floor(dropout_p * 2**32)
     return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p)
 
 
-@functools.lru_cache(maxsize=4096)
-def options(
-    tiles: Any, dtype: torch.dtype, D: int, memory: int, check_t: bool, check_s: bool, unit: int, dropout: bool, int64: bool, tf32: bool,
-    atomics: bool | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """All that a kernel is compiled for, but the strides. Cached: a dict of 12 built anew costs as much as a launch."""
-    chosen: dict[str, Any] = tiles(dtype, D, memory) | {
+def unit_of(dtype: torch.dtype, strides: tuple[Strides, ...]) -> int:
+    """Elements of 16 bytes if they divide every stride but the last ones, so that loads are as wide; else 1."""
+    unit = 16 // dtype.itemsize
+    return unit if all(stride % unit == 0 for each in strides for stride in each[:3]) else 1
+
+
+def constants_of(
+    tiles: dict[str, Any], shape: tuple[int, ...], S: int, unit: int, dropout_p: float, int64: bool, tf32: bool
+) -> dict[str, Any]:
+    """All that a kernel is compiled for, but the token strides."""
+    T, D = shape[2:]
+    return tiles | {
         "D": D,
         "UNIT": unit,
-        "CHECK_T": check_t,
-        "CHECK_S": check_s,
-        "DROPOUT": dropout,
+        "CHECK_T": T % tiles["BLOCK_M"] != 0,
+        "CHECK_S": S % tiles["BLOCK_N"] != 0,
+        "DROPOUT": dropout_p > 0.0,
         "INT64": int64,
         "PRECISION": "tf32" if tf32 else "ieee",
         "enable_fp_fusion": True,
     }
-    return chosen if atomics is None else chosen | {"ATOMICS": atomics}
 
 
-def kernel_options(
-    tiles: Any, x: Tensor, S: int, memory: int, unit: int, dropout: bool, longest: int, atomics: bool | None = None
-) -> dict[str, Any]:
-    """options() of a kernel for queries x (.., T, D), with the longest token stride."""
-    T, D = x.shape[2:]
-    block = tiles(x.dtype, D, memory)
-    return options(
-        tiles, x.dtype, D, memory, T % block["BLOCK_M"] != 0, S % block["BLOCK_N"] != 0, unit, dropout,
-        FORCE_INT64 or MAX_BLOCK * longest >= 2**31, x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32, atomics,
+# A plan is all of a launch that does not depend on the tensors' contents. Made anew for every call it would cost several
+# times the launch itself; looked up it costs a few microseconds.
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_plan(
+    dtype: torch.dtype, device: torch.device, shape: tuple[int, ...], S: int, strides: tuple[Strides, ...],
+    scale: float, dropout_p: float,
+    force_int64: bool, tf32: bool,
+) -> Plan:  # fmt: skip
+    """Of attention_forward_kernel; strides of q, k and v."""
+    B, H, T, D = shape
+    unit = unit_of(dtype, strides)
+    tiles = forward_tiles(dtype, D, shared_memory_of(device), dropout_p > 0.0)
+    int64 = force_int64 or needs_int64(*strides, (0, 0, H * D, 1))
+    # A scale of 0 would make NaN of the mask's -inf.
+    numbers = (
+        *(stride // unit for each in strides for stride in each[:2]), H, T, S, max(scale, 1e-30),
+        *dropout_arguments(dropout_p),
+        *(each[2] for each in strides),
     )  # fmt: skip
+    return B * H * -(-T // tiles["BLOCK_M"]), numbers, constants_of(tiles, shape, S, unit, dropout_p, int64, tf32)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple, constants: dict[str, Any]) -> None:
+@functools.lru_cache(maxsize=1024)
+def backward_plans(
+    dtype: torch.dtype, device: torch.device, shape: tuple[int, ...], S: int, strides: tuple[Strides, ...],
+    scale: float, dropout_p: float,
+    force_int64: bool, tf32: bool, atomics: bool,
+) -> tuple[Plan, Plan]:  # fmt: skip
+    """Of the kernel that leaves the rows' terms and of key_gradient_kernel; strides of dout, q, k, v, out, dq and dk."""
+    B, H, T, D = shape
+    unit, memory = unit_of(dtype, strides), shared_memory_of(device)
+    int64 = force_int64 or needs_int64(*strides)
+    scalars = (H, T, S, scale, *dropout_arguments(dropout_p))
+
+    def strides_of(*which: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        flat = tuple(stride // unit for i in which for stride in strides[i][:2])
+        return flat, tuple(strides[i][2] for i in which)
+
+    row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
+    key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
+    row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
+    if atomics:
+        flat, token = strides_of(0, 4)
+        numbers = (*flat, H, T, *token)
+        row_constants = {
+            "D": D,
+            "WIDTHS": row_tiles["WIDTHS"],
+            "BLOCK_M": 32,
+            "UNIT": unit,
+            "INT64": int64,
+            "enable_fp_fusion": True,
+        }
+    else:
+        flat, token = strides_of(0, 1, 2, 3, 4, 5)
+        numbers = (*flat, *scalars, *token)
+    rows = B * H * -(-T // row_constants["BLOCK_M"]), numbers, row_constants
+    flat, token = strides_of(0, 1, 2, 3, 6)
+    key_constants = constants_of(key_tiles, shape, S, unit, dropout_p, int64, tf32) | {"ATOMICS": atomics}
+    return rows, (B * H * -(-S // key_tiles["BLOCK_N"]), (*flat, *scalars, *token), key_constants)
+
+
+def launch(kernel: Any, plan: Plan, device: torch.device, tensors: tuple[Tensor, ...]) -> None:
     """Run the kernel on the tensors' device, which need not be the current one."""
+    programs, numbers, constants = plan
     if programs == 0:
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants)
+            kernel[(programs,)](*tensors, *numbers, **constants)
     else:
-        kernel[(programs,)](*arguments, **constants)
+        kernel[(programs,)](*tensors, *numbers, **constants)
 
 
-def unit_of(dtype: torch.dtype, *strides: tuple[int, ...]) -> int:
-    """Elements of 16 bytes if they divide every stride but the last ones, so that loads are as wide; else 1."""
-    unit, bits = 16 // dtype.itemsize, 0
-    for b, h, t, _ in strides:
-        bits |= b | h | t
-    return 1 if bits % unit else unit
+def allow_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 products may be rounded to TF32: by PyTorch's own switch, off unless the user sets it."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def forward_into(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     """Write the token-major `out`; returns stats."""
-    B, H, T, D = q.shape
-    S, device, memory = k.shape[2], q.device, shared_memory_of(q.device)
-    stats = torch.empty((B, H, T, 2), dtype=torch.float32, device=device)
     if scale < 0.0:
         q, scale = -q, -scale  # the kernel's maximum is that of the products before the scale
-    qs, ks, vs = q.stride(), k.stride(), v.stride()
-    unit = unit_of(q.dtype, qs, ks, vs)
-    threshold, keep_scale = dropout_arguments(dropout_p)
-    constants = kernel_options(forward_tiles, q, S, memory, unit, dropout_p > 0.0, max(qs[2], ks[2], vs[2], H * D))
-    # A scale of 0 would make NaN of the mask's -inf.
-    arguments = (
-        q, k, v, out, stats, q if seed is None else seed,
-        qs[0] // unit, qs[1] // unit, ks[0] // unit, ks[1] // unit, vs[0] // unit, vs[1] // unit,
-        H, T, S, max(scale, 1e-30), threshold, keep_scale, qs[2], ks[2], vs[2],
+    dtype, device, shape = q.dtype, q.device, q.shape
+    stats = q.new_empty((*shape[:3], 2), dtype=torch.float32)
+    strides = (q.stride(), k.stride(), v.stride())
+    plan = forward_plan(
+        dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype)
     )  # fmt: skip
-    launch(attention_forward_kernel, B * H * -(-T // constants["BLOCK_M"]), device, arguments, constants)
+    launch(attention_forward_kernel, plan, device, (q, k, v, out, stats, q if seed is None else seed))
     return stats
 
 
@@ -169,50 +239,22 @@ def backward_into(
 ) -> None:
     """Write dq, dk and dv, of which dk and dv have the same strides."""
     dq, dk, dv = gradients
-    B, H, T, D = q.shape
-    S, device, memory = k.shape[2], q.device, shared_memory_of(q.device)
-    strides = gs, qs, ks, vs, os, dqs, dks = [x.stride() for x in (dout, q, k, v, out, dq, dk)]
-    unit = unit_of(q.dtype, *strides)
-    flat = [n // unit for s in strides for n in s[:2]]
-    longest = max(s[2] for s in strides)
-    dropout, (threshold, keep_scale) = dropout_p > 0.0, dropout_arguments(dropout_p)
-    numbers = (H, T, S, scale, threshold, keep_scale)
-    terms = torch.empty((B, H, 2, T), dtype=torch.float32, device=device)
-    seed = q if seed is None else seed
-    dq_sum = dq
-    if atomics:
-        dq_sum = torch.zeros((B, H, T, D), dtype=torch.float32, device=device)
-        row_terms(dout, out, stats, terms, unit, memory)
-    else:
-        constants = kernel_options(query_gradient_tiles, q, S, memory, unit, dropout, longest)
-        arguments = (
-            dout, q, k, v, out, stats, terms, dq, seed, *flat[:12], *numbers, gs[2], qs[2], ks[2], vs[2], os[2], dqs[2],
-        )  # fmt: skip
-        launch(query_gradient_kernel, B * H * -(-T // constants["BLOCK_M"]), device, arguments, constants)
-    constants = kernel_options(key_gradient_tiles, q, S, memory, unit, dropout, longest, atomics)
-    arguments = (
-        dout, q, k, v, terms, dq_sum, dk, dv, seed, *flat[:8], *flat[12:], *numbers, gs[2], qs[2], ks[2], vs[2], dks[2],
+    dtype, device, shape = q.dtype, q.device, q.shape
+    B, H, T, D = shape
+    strides = (dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(), dk.stride())
+    rows, keys = backward_plans(
+        dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype), atomics
     )  # fmt: skip
-    launch(key_gradient_kernel, B * H * -(-S // constants["BLOCK_N"]), device, arguments, constants)
-    if atomics:
-        dq.copy_(dq_sum.mul_(scale))
-
-
-def row_terms(dout: Tensor, out: Tensor, stats: Tensor, terms: Tensor, unit: int, memory: int) -> None:
-    """Write terms (B, H, 2, T): lse and delta of each row."""
-    B, H, T, D = dout.shape
-    gs, os = dout.stride(), out.stride()
-    tiles = query_gradient_tiles(dout.dtype, D, memory)
-    constants = {
-        "D": D,
-        "WIDTHS": tiles["WIDTHS"],
-        "BLOCK_M": 32,
-        "UNIT": unit,
-        "INT64": FORCE_INT64 or 32 * max(gs[2], os[2]) >= 2**31,
-    }
-    flat = (gs[0] // unit, gs[1] // unit, os[0] // unit, os[1] // unit)
-    arguments = (dout, out, stats, terms, *flat, H, T, gs[2], os[2])
-    launch(row_terms_kernel, B * H * -(-T // 32), dout.device, arguments, constants)
+    terms = q.new_empty((B, H, 2, T), dtype=torch.float32)
+    seed = q if seed is None else seed
+    if not atomics:
+        launch(query_gradient_kernel, rows, device, (dout, q, k, v, out, stats, terms, dq, seed))
+        launch(key_gradient_kernel, keys, device, (dout, q, k, v, terms, dq, dk, dv, seed))
+        return
+    dq_sum = q.new_zeros((B, H, T, D), dtype=torch.float32)
+    launch(row_terms_kernel, rows, device, (dout, out, stats, terms))
+    launch(key_gradient_kernel, keys, device, (dout, q, k, v, terms, dq_sum, dk, dv, seed))
+    dq.copy_(dq_sum.mul_(scale))
 
 
 def attention_forward(
@@ -220,7 +262,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest score and its sum of exponentials."""
     B, H, T, D = q.shape
-    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    out = q.new_empty((B, T, H, D))
     return out.transpose(1, 2), forward_into(out, q, k, v, scale, dropout_p, seed)
 
 
@@ -237,15 +279,15 @@ def attention_backward(
     atomics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With `atomics` in one pass of 5 products instead of 7, whose sums have no fixed order."""
-    dq, dk, dv = gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    backward_into(gradients, dout, q, k, v, out, stats, scale, dropout_p, seed, atomics)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    backward_into((dq, dk, dv), dout, q, k, v, out, stats, scale, dropout_p, seed, atomics)
     return dq, dk, dv
 
 
 def attention_packed_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and stats, as attention_forward, of qkv (B, T, 3, H, D)."""
     B, T, _, H, D = qkv.shape
-    out = torch.empty((B, T, H, D), dtype=qkv.dtype, device=qkv.device)
+    out = qkv.new_empty((B, T, H, D))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return out, forward_into(out, q, k, v, scale, dropout_p, seed)
 
@@ -261,7 +303,7 @@ def attention_packed_backward(
     atomics: bool = False,
 ) -> Tensor:
     """dqkv in qkv's layout."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = qkv.new_empty(qkv.shape)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4).unbind()
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)

@@ -41,7 +41,8 @@ def row_terms(dout, out, stats_ptr, bh, m, T, BLOCK_M: tl.constexpr):
 @triton.jit
 def query_gradient_keys(
     dq, q, dout, lse, delta, k_ptr, v_ptr, first, last, m, b, h, S, offset, scale_log2, seed, threshold,
-    keep_scale, stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_S: tl.constexpr,
+    keep_scale, stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_S: tl.constexpr,
     DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K over the keys [first, last)."""
@@ -74,7 +75,8 @@ def query_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, terms_ptr, dq_ptr, seed_ptr,
     stride_gb, stride_gh, stride_qb, stride_qh, stride_kb, stride_kh,
     stride_vb, stride_vh, stride_ob, stride_oh, stride_dqb, stride_dqh,
-    H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr, stride_ot: tl.constexpr, stride_dqt: tl.constexpr,
+    H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr,
+    stride_vt: tl.constexpr, stride_ot: tl.constexpr, stride_dqt: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +129,8 @@ def query_gradient_kernel(
 @triton.jit
 def key_gradient_queries(
     dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, first, last, n, b, h, T, offset, scale_log2, seed,
-    threshold, keep_scale, stride_qt: tl.constexpr, stride_gt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    threshold, keep_scale, stride_qt: tl.constexpr, stride_gt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     CHECK_T: tl.constexpr, DROPOUT: tl.constexpr, ATOMICS: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += dS^T Q and dv += P^T dout over the queries [first, last); with ATOMICS also dq += dS K."""
@@ -176,7 +179,8 @@ def key_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, terms_ptr, dq_ptr, dk_ptr, dv_ptr, seed_ptr,
     stride_gb, stride_gh, stride_qb, stride_qh, stride_kb, stride_kh,
     stride_vb, stride_vh, stride_dkb, stride_dkh,
-    H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr, stride_dkt: tl.constexpr,
+    H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr,
+    stride_vt: tl.constexpr, stride_dkt: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, ATOMICS: tl.constexpr, INT64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -211,11 +215,13 @@ def key_gradient_kernel(
     free = tl.minimum(tl.cdiv(tl.maximum(n + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, T)
     dk, dv = key_gradient_queries(
         dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, first, free, n, b, h, T, offset, scale * LOG2E, seed,
-        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, True, CHECK_T, DROPOUT, ATOMICS, INT64, PRECISION,
+        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, True, CHECK_T, DROPOUT, ATOMICS, INT64,
+        PRECISION,
     )  # fmt: skip
     dk, dv = key_gradient_queries(
         dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, free, T, n, b, h, T, offset, scale * LOG2E, seed,
-        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, False, CHECK_T, DROPOUT, ATOMICS, INT64, PRECISION,
+        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, False, CHECK_T, DROPOUT, ATOMICS, INT64,
+        PRECISION,
     )  # fmt: skip
     at = row_offsets(BLOCK_N, stride_dkt, INT64)
     store_tile(dk_ptr, n, stride_dkt, at, S, CHECK_S, D, scaled(dk, tl.where(S > 1, scale, 0.0)))

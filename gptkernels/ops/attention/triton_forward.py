@@ -124,7 +124,8 @@ def lane_sums(p):
 @triton.jit
 def forward_keys(
     acc, row_max, row_sum, q, k_ptr, v_ptr, first, last, m, b, h, S, offset, scale_log2, seed, threshold,
-    stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_S: tl.constexpr,
+    stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CHECK_S: tl.constexpr,
     DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [first, last)."""
