@@ -70,7 +70,12 @@ def load_cpu_library() -> tuple[str | None, str]:
 
 
 _cpu_isa, _cpu_explanation = load_cpu_library()
-_triton_explanation = triton_backend.unavailable()
+_unavailable = {
+    "reference": None,
+    "triton": triton_backend.unavailable(),
+    "cuda": "cuda has no kernels in this version: use backend='triton' on a GPU, 'cpu' or 'reference' elsewhere",
+    "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
+}
 _printed: set[str] = set()
 
 
@@ -84,12 +89,7 @@ def available_backends() -> dict[str, str | None]:
 
     "triton" works without a GPU too: its kernels then run interpreted, on CPU tensors, slowly.
     """
-    return {
-        "reference": None,
-        "triton": _triton_explanation,
-        "cuda": "cuda has no kernels in this version: use backend='triton' on a GPU, 'cpu' or 'reference' elsewhere",
-        "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
-    }
+    return dict(_unavailable)
 
 
 def resolve(backend: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
@@ -103,9 +103,9 @@ def resolve(backend: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
         return backend
     if backend == "auto":
         fastest = FASTEST.get(x.device.type)
-        if fastest and dtype in DTYPES[fastest] and available_backends()[fastest] is None:
+        if fastest and dtype in DTYPES[fastest] and _unavailable[fastest] is None:
             return fastest
-        say_fallback((fastest and available_backends()[fastest]) or f"no kernels for {dtype} on {x.device.type}")
+        say_fallback((fastest and _unavailable[fastest]) or f"no kernels for {dtype} on {x.device.type}")
         return "reference"
     check_backend(backend, x, dtype)
     return backend
@@ -115,7 +115,7 @@ def check_backend(backend: str, x: Tensor, dtype: torch.dtype) -> None:
     """Raise what keeps an explicit backend from running."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if reason := available_backends()[backend]:
+    if reason := _unavailable[backend]:
         raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
     if x.device.type not in DEVICES[backend]:
         devices = " or ".join(DEVICES[backend])

@@ -60,6 +60,12 @@ def test_residual_matches_the_oracle(backend, dtype, shape):
     check_against_oracle(layer_norm, partial(all_inputs, shape, dtype), backend)
 
 
+def test_results_that_are_stored_past_the_caches():
+    """From 4 MiB on the cpu kernels stream their results, but not rows of an odd width."""
+    for shape in ((1100, 1024), (1100, 1001)):
+        check_against_oracle(layer_norm, partial(all_inputs, shape, torch.float32), "cpu")
+
+
 @cases("weight, bias", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_without_weight_or_bias(backend, dtype, weight, bias, residual):

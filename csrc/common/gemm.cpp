@@ -40,9 +40,9 @@ inline vf multiply_add(vf acc, uint32_t a, vu b) {
     return acc + bits_of<float>(a) * bits_of<vf>(b);
 }
 
-// acc (MR x V vectors) += A's panel times B's panel. ROW and UNIT are the strides of A's panel.
-template <Product P, int V, int ROW, int UNIT>
-inline void inner_product(vf (&acc)[MR][V], const uint32_t* a, const uint32_t* b, int64_t units) {
+// acc (MR x V vectors) += A's panel times B's panel. A's panel is [unit][MR], or rows `stride` units apart.
+template <Product P, int V, bool ROWS>
+inline void inner_product(vf (&acc)[MR][V], const uint32_t* a, int64_t stride, const uint32_t* b, int64_t units) {
 // Twice: half of the loop's own instructions, worth 8 % on a Zen 3 core.
 #pragma GCC unroll 2
     for (int64_t u = 0; u < units; ++u) {
@@ -52,16 +52,17 @@ inline void inner_product(vf (&acc)[MR][V], const uint32_t* a, const uint32_t* b
 #pragma GCC unroll 12
         for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) acc[i][v] = multiply_add<P>(acc[i][v], a[i * ROW + u * UNIT], bv[v]);
+            for (int v = 0; v < V; ++v)
+                acc[i][v] = multiply_add<P>(acc[i][v], ROWS ? a[i * stride + u] : a[i + u * MR], bv[v]);
     }
 }
 
 // One tile of C of one slice of K, added to the sum `from` of the slices before it, if any. A slice starts at zero:
 // adding K numbers in pieces errs by a term in KC + K / KC, not in K.
-template <Product P, int V, int ROW, int UNIT>
-void tile_product(const uint32_t* a, const uint32_t* b, int64_t units, const float* from, float* to) {
+template <Product P, int V, bool ROWS>
+void tile_product(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t units, const float* from, float* to) {
     vf acc[MR][V] = {};
-    inner_product<P, V, ROW, UNIT>(acc, a, b, units);
+    inner_product<P, V, ROWS>(acc, a, stride, b, units);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
@@ -88,20 +89,26 @@ void with_type(const Factor& factor, const F& f) {
     else f((const float*)nullptr);
 }
 
+// A's rows, as they lie in memory or packed: panels of MR rows, `panel` units apart, their rows `stride` units apart.
+struct Rows {
+    const uint32_t* units;
+    int64_t panel, stride;
+};
+
 // All tiles of the rows [row, end) with one panel of B, which stays in the L1 cache while A's panels pass by.
 template <Product P>
-void multiply_panel(const Problem& p, const uint32_t* a, const uint32_t* b, int64_t units, int64_t row, int64_t end,
-                    int64_t col, int cols, float* partial, bool first, bool last) {
-    for (; row < end; row += MR, a += A_PANEL, partial += MR * NR) {
+void multiply_panel(const Problem& p, Rows a, const uint32_t* b, int64_t units, int64_t row, int64_t end, int64_t col,
+                    int cols, float* partial, bool first, bool last) {
+    for (; row < end; row += MR, a.units += a.panel, partial += MR * NR) {
         alignas(64) float values[MR * NR];
         const float* from = first ? nullptr : partial;
         float* to = last ? values : partial;
         if (p.a.k_contiguous)
-            cols <= W ? tile_product<P, 1, A_STRIDE, 1>(a, b, units, from, to)
-                      : tile_product<P, NV, A_STRIDE, 1>(a, b, units, from, to);
+            cols <= W ? tile_product<P, 1, true>(a.units, a.stride, b, units, from, to)
+                      : tile_product<P, NV, true>(a.units, a.stride, b, units, from, to);
         else
-            cols <= W ? tile_product<P, 1, 1, MR>(a, b, units, from, to)
-                      : tile_product<P, NV, 1, MR>(a, b, units, from, to);
+            cols <= W ? tile_product<P, 1, false>(a.units, a.stride, b, units, from, to)
+                      : tile_product<P, NV, false>(a.units, a.stride, b, units, from, to);
         if (last) p.epilogue(p.context, {row, col, (int)std::min<int64_t>(MR, end - row), cols, values, NR});
     }
 }
@@ -128,10 +135,12 @@ void pack_b_slice(const Problem& p, const Slice& s, int64_t col0, int64_t col1, 
     });
 }
 
-// The rows [row, end), of at most A_PANELS panels, and columns [col0, col1) of one slice; `partial` holds their sums.
+// A's rows [row, end) of one slice. fp32 rows are multiplied where they lie, if there are whole panels of them and if
+// they do not all fall into one cache set; else they are packed.
 template <Product P>
-void multiply_rows(const Problem& p, const Slice& s, const uint32_t* b, int64_t row, int64_t end, int64_t col0,
-                   int64_t col1, float* partial) {
+Rows rows_of(const Problem& p, const Slice& s, int64_t row, int64_t end) {
+    if (P == Product::FP32 && p.a.k_contiguous && !p.a.is_bf16 && (end - row) % MR == 0 && p.a.ld % 512 != 0)
+        return {reinterpret_cast<const uint32_t*>(at<float>(p.a, row, s.k)), MR * p.a.ld, p.a.ld};
     uint32_t* a = workspace_of<uint32_t>(Slot::PACK_A, A_PANELS * A_PANEL);
     with_type(p.a, [&](auto* t) {
         using T = std::remove_cvref_t<decltype(*t)>;
@@ -139,6 +148,14 @@ void multiply_rows(const Problem& p, const Slice& s, const uint32_t* b, int64_t 
             pack_a<P, T, MR>(at<T>(p.a, r, s.k), p.a.ld, p.a.k_contiguous, p.M - r, s.depth,
                              a + (r - row) / MR * A_PANEL, A_STRIDE);
     });
+    return {a, A_PANEL, A_STRIDE};
+}
+
+// The rows [row, end), of at most A_PANELS panels, and columns [col0, col1) of one slice; `partial` holds their sums.
+template <Product P>
+void multiply_rows(const Problem& p, const Slice& s, const uint32_t* b, int64_t row, int64_t end, int64_t col0,
+                   int64_t col1, float* partial) {
+    Rows a = rows_of<P>(p, s, row, end);
     int64_t units = ceil_div(s.depth, PER_UNIT<P>), padded_rows = ceil_div(end - row, MR) * MR;
     for (int64_t j = 0; j < col1 - col0; j += NR)
         multiply_panel<P>(p, a, b + j * units, units, row, end, col0 + j, (int)std::min<int64_t>(col1 - col0 - j, NR),

@@ -82,6 +82,23 @@ inline void store(bf16* p, vf x) {
     memcpy(p, &h, sizeof h);
 }
 
+// A store past the caches, for results larger than they are: the line is not read first. p must be a multiple of the
+// vector's size; before another thread may read, stream_done().
+inline void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    store(p, x);
+#endif
+}
+inline void stream_done() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 inline vi lanes() {
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;

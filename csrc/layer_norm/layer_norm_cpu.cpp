@@ -27,6 +27,29 @@ void with_type(const MutableNumbers& x, const F& f) {
     x.is_bf16 ? f(static_cast<bf16*>(x.data)) : f(static_cast<float*>(x.data));
 }
 
+// f(c, n) for each vector of a row: n elements from column c on. n is the constant W for all but a last, shorter one.
+template <class F>
+[[gnu::always_inline]] inline void for_vectors(int64_t C, const F& f) {
+    int64_t c = 0;
+    for (; c + W <= C; c += W) f(c, std::integral_constant<int64_t, W>());
+    if (c < C) f(c, C - c);
+}
+
+// Results from this size on are stored past the caches, which they would not fit beside the inputs.
+constexpr int64_t STREAMED = 4 << 20;
+
+bool streams(const MutableNumbers& x, int64_t N, int64_t C) {
+    return !x.is_bf16 && N * C * 4 >= STREAMED && C % W == 0 && (uintptr_t)x.data % sizeof(vf) == 0;
+}
+
+// n elements of a result; n is for_vectors'.
+template <class T, class Count>
+[[gnu::always_inline]] inline void put(T* p, vf x, Count n, bool streamed) {
+    if constexpr (sizeof(T) == 4 && !std::is_same_v<Count, int64_t>)
+        if (streamed) return stream(p, x);
+    store(p, x, n);
+}
+
 // A vector in fp32, `missing` where there is none.
 void to_fp32(const Numbers& vector, float missing, int64_t C, float* out) {
     if (!vector.data) return (void)std::fill(out, out + C, missing);
@@ -39,18 +62,18 @@ struct Forward {
     using TS = std::conditional_t<sizeof(TX) == 4, TX, TR>;
 
     // row = x (+ residual, rounded as it is stored); returns its mean.
-    static float read_row(const TX* x, const TR* residual, TS* total, int64_t C, float* row) {
+    static float read_row(const TX* x, const TR* residual, TS* total, int64_t C, float* row, bool streamed) {
         vf acc{};
-        for (int64_t c = 0; c < C; c += W) {
-            vf s = load(x + c, C - c);
+        for_vectors(C, [&](int64_t c, auto n) {
+            vf s = load(x + c, n);
             if (residual) {
-                s += load(residual + c, C - c);
-                store(total + c, s, C - c);
+                s += load(residual + c, n);
+                put(total + c, s, n, streamed);
                 if constexpr (sizeof(TS) == 2) s = widen(narrow(s));
             }
             store(row + c, s);
             acc += s;
-        }
+        });
         return sum(acc) / (float)C;
     }
 
@@ -59,13 +82,13 @@ struct Forward {
     // sqrt(variance + eps).
     static float centre_row(float* row, float mean, float eps, int64_t C, float* rest) {
         vf acc{}, squares{};
-        for (int64_t c = 0; c < C; c += W) {
+        for_vectors(C, [&](int64_t c, auto n) {
             vf centred = load(row + c) - mean;
             store(row + c, centred);
-            if (C - c < W) centred = load(row + c, C - c);  // padding must not leak into the variance
+            if (n < W) centred = load(row + c, n);  // padding must not leak into the variance
             acc += centred;
             squares += centred * centred;
-        }
+        });
         *rest = sum(acc) / (float)C;
         float variance = sum(squares) / (float)C - *rest * *rest;
         return 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);
@@ -73,19 +96,22 @@ struct Forward {
 
     static void run(const LayerNormForward& p, const float* weight, const float* bias, int64_t padded) {
         int64_t C = p.C;
+        bool stream_y = streams(p.y, p.N, C), stream_total = streams(p.total, p.N, C);
         parallel_ranges(p.N, 8, [&](int64_t begin, int64_t end) {
             float* row = workspace_of<float>(Slot::OPERATOR_THREAD, padded);
             for (int64_t n = begin; n < end; ++n) {
                 const TR* residual = p.residual.data ? static_cast<const TR*>(p.residual.data) + n * C : nullptr;
                 float mean = read_row(static_cast<const TX*>(p.x.data) + n * C, residual,
-                                      static_cast<TS*>(p.total.data) + n * C, C, row);
+                                      static_cast<TS*>(p.total.data) + n * C, C, row, stream_total);
                 float rest, rstd = centre_row(row, mean, p.eps, C, &rest);
                 TY* y = static_cast<TY*>(p.y.data) + n * C;
-                for (int64_t c = 0; c < C; c += W)
-                    store(y + c, (load(row + c) - rest) * rstd * load(weight + c) + load(bias + c), C - c);
+                for_vectors(C, [&](int64_t c, auto count) {
+                    put(y + c, (load(row + c) - rest) * rstd * load(weight + c) + load(bias + c), count, stream_y);
+                });
                 p.mean[n] = mean + rest;
                 p.rstd[n] = rstd;
             }
+            stream_done();
         });
     }
 };
@@ -94,14 +120,14 @@ template <class TDY, class TX>
 struct Backward {
     const LayerNormBackward& p;
     const float* weight;
+    bool streamed;
 
     // Keeps wdy, by the rounding that its mean is taken of; sums wdy and wdy * xhat over the row; adds dy * xhat and dy
     // to the chunk's rows.
     void sums(const TDY* dy, const TX* x, float mean, float rstd, float* wdys, float* dweight, float* dbias,
               float* sum_wdy, float* sum_wdy_xhat) const {
         vf a{}, b{};
-        for (int64_t c = 0; c < p.C; c += W) {
-            int64_t n = p.C - c;
+        for_vectors(p.C, [&](int64_t c, auto n) {
             vf d = load(dy + c, n), xhat = (load(x + c, n) - mean) * rstd;
             vf wdy = d * load(weight + c);
             store(wdys + c, wdy);
@@ -109,7 +135,7 @@ struct Backward {
             b += wdy * xhat;
             store(dweight + c, load(dweight + c) + d * xhat);
             store(dbias + c, load(dbias + c) + d);
-        }
+        });
         *sum_wdy = sum(a);
         *sum_wdy_xhat = sum(b);
     }
@@ -123,13 +149,12 @@ struct Backward {
         float* wdys = workspace_of<float>(Slot::OPERATOR_THREAD, (p.C + W - 1) / W * W);
         sums(dy, x, mean, rstd, wdys, dweight, dbias, &sum_wdy, &sum_wdy_xhat);
         float a = sum_wdy / (float)p.C, b = sum_wdy_xhat / (float)p.C;
-        for (int64_t c = 0; c < p.C; c += W) {
-            int64_t m = p.C - c;
+        for_vectors(p.C, [&](int64_t c, auto m) {
             vf xhat = (load(x + c, m) - mean) * rstd;
             vf d = rstd * (load(wdys + c) - a - xhat * b);
             if (dtotal) d += load(dtotal + c, m);
-            store(dx + c, d, m);
-        }
+            put(dx + c, d, m, streamed);
+        });
     }
 };
 
@@ -163,12 +188,14 @@ void layer_norm_backward_cpu(const LayerNormBackward& p) {
     to_fp32(p.weight, 1.0f, p.C, weight);
     with_type(p.dy, [&](auto* dy) {
         with_type(p.x, [&](auto* x) {
-            Backward<std::remove_cvref_t<decltype(*dy)>, std::remove_cvref_t<decltype(*x)>> backward{p, weight};
+            Backward<std::remove_cvref_t<decltype(*dy)>, std::remove_cvref_t<decltype(*x)>> backward{
+                p, weight, streams(p.dx, p.N, p.C)};
             parallel_for(chunks, [&](int64_t chunk) {
                 float *dw = dweight + chunk * padded, *db = dbias + chunk * padded;
                 std::fill(dw, dw + padded, 0.0f);
                 std::fill(db, db + padded, 0.0f);
                 for (int64_t n = chunk * rows; n < std::min(p.N, (chunk + 1) * rows); ++n) backward.row(n, dw, db);
+                stream_done();
             });
         });
     });

@@ -64,8 +64,8 @@ def layer_norm(
     """
     check(x, weight, bias, eps, residual)
     dtype = autocast_dtype(x)
-    chosen = [resolve(backend, x), resolve(backend, x, dtype)]
-    chosen += [] if residual is None else [resolve(backend, residual)]
+    dtypes = {x.dtype, dtype} if residual is None else {x.dtype, dtype, residual.dtype}
+    chosen = [resolve(backend, x, each) for each in dtypes]
     if "reference" in chosen:
         result = reference.layer_norm(x, weight, bias, eps, residual=residual)
         return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
