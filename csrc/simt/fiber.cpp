@@ -47,7 +47,8 @@ gptkernels_switch_stack:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    popq %rcx
+    jmpq *%rcx
 .size gptkernels_switch_stack, .-gptkernels_switch_stack
 )");
 

@@ -68,6 +68,9 @@ struct MmaOperands {
     uint32_t b[2];
 };
 
+// A quarter of a row of b or of the product, as wide as every 64-bit CPU's registers are.
+typedef double Quarter __attribute__((vector_size(16), may_alias));
+
 float half_of(Product product, uint32_t packed, int high) {
     uint32_t bits = high ? packed >> 16 : packed & 0xffff;
     return product == Product::BF16_K16 ? std::bit_cast<float>(bits << 16) : fp16_value(bits);
@@ -102,12 +105,17 @@ void gather_tf32(void* const (&lanes)[LANES], double (&a)[16][16], double (&b)[1
 void run_mma(void* const (&lanes)[LANES]) {
     Product product = static_cast<MmaOperands*>(lanes[0])->product;
     int K = product == Product::BF16_K16 || product == Product::FP16_K16 ? 16 : 8;
-    double a[16][16], b[16][8], sum[16][8] = {};
+    double a[16][16], sum[16][8];
+    alignas(Quarter) double b[16][8];
     if (product == Product::TF32_K8) gather_tf32(lanes, a, b);
     else gather16(lanes, product, K, a, b);
     for (int i = 0; i < 16; ++i)
-        for (int k = 0; k < K; ++k)
-            for (int j = 0; j < 8; ++j) sum[i][j] += a[i][k] * b[k][j];
+        for (int j = 0; j < 8; j += 4) {
+            Quarter total[2] = {};
+            for (int k = 0; k < K; ++k)
+                for (int h = 0; h < 2; ++h) total[h] += a[i][k] * *reinterpret_cast<const Quarter*>(&b[k][j + 2 * h]);
+            memcpy(&sum[i][j], total, sizeof total);
+        }
     for (int lane = 0; lane < LANES; ++lane) {
         float* acc = static_cast<MmaOperands*>(lanes[lane])->acc;
         for (int i = 0; i < 4; ++i)
