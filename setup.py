@@ -1,4 +1,5 @@
-"""Builds the native parts: one library of CPU kernels for each instruction set, of which Python loads one.
+"""Builds the native parts: one library of CPU kernels for each instruction set, of which Python loads one, the CUDA
+kernels where nvcc and a CUDA build of torch are, and the CUDA kernels for the CPU (csrc/simt).
 
 torch is needed to build, but is no build requirement where it can be found: pip's isolated build runs the user's own
 Python, so the torch beside it is the one to build against. Only where there is none is it asked for. Each library is
@@ -14,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 ISAS = {
@@ -70,19 +71,92 @@ def isas() -> list[str]:
 
 
 def extensions() -> list:
+    """Every native library that can be tried here."""
+    return [*cpu_extensions(), *cuda_extensions(), simt_extension(), *report_extensions()]
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files under csrc, as setuptools wants them."""
+    found = [path for pattern in patterns for path in (ROOT / "csrc").glob(pattern)]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def cpu_extensions() -> list:
     """One library an instruction set, all from the same sources."""
     from torch.utils.cpp_extension import CppExtension
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    device = {*sources("simt/*.cpp", "*/*_cuda_torch.cpp")}
     return [
         CppExtension(
             f"gptkernels._cpu_{isa}",
-            sources,
+            [source for source in sources("*/*.cpp") if source not in device],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": FLAGS + ISAS[isa]},
             py_limited_api=True,
         )
         for isa in isas()
+    ]
+
+
+def cuda_extensions() -> list:
+    """The CUDA kernels, where torch was built with CUDA and its compiler is there; whether a GPU is does not matter."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if torch.version.cuda is None or CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return []
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    nvcc = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden", "--threads", "2", TARGET]
+    return [
+        CUDAExtension(
+            "gptkernels._cuda",
+            sources("*/*_cuda.cu", "*/*_cuda_torch.cpp"),
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": nvcc},
+            py_limited_api=True,
+        )
+    ]
+
+
+def simt_extension():
+    """The CUDA kernels as C++, executed by csrc/simt: needs no CUDA. A .cu file would be given to nvcc, so that each is
+    included by a .cpp file."""
+    from torch.utils.cpp_extension import CppExtension
+
+    folder = ROOT / "build" / "simt_sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = []
+    for source in sources("*/*_cuda.cu"):
+        path = folder / f"{Path(source).stem}_simt.cpp"
+        text = f'#include "{Path(source).relative_to("csrc")}"\n'
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        kernels.append(str(path.relative_to(ROOT)))
+    engine = [source for source in sources("simt/*.cpp") if not source.endswith("/python.cpp")]
+    # Unrolled loops leave paths on which a packet that no column of the row needs is never written, nor read.
+    flags = [*FLAGS, "-O2", "-DGPTKERNELS_SIMT", "-Wno-maybe-uninitialized"]
+    return CppExtension(
+        "gptkernels._simt",
+        [*engine, *kernels, *sources("*/*_cuda_torch.cpp")],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": flags},
+        py_limited_api=True,
+    )
+
+
+def report_extensions() -> list:
+    """The Python module with csrc/simt's reports, where pybind11 is."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [
+        Extension(
+            "gptkernels._simt_report",
+            ["csrc/simt/python.cpp", "csrc/simt/report.cpp"],
+            include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+            extra_compile_args={"cxx": [*FLAGS, "-DGPTKERNELS_SIMT"]},
+        )
     ]
 
 

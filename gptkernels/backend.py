@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 import gptkernels.library  # noqa: F401  the native library adds implementations to the schemas defined there
-from gptkernels import triton_backend
+from gptkernels import cuda_backend, triton_backend
 
-BACKENDS = ("reference", "triton", "cuda", "cpu")
-# What each backend computes in, and where; on CPU tensors Triton's kernels are interpreted.
+BACKENDS = ("reference", "triton", "cuda", "cpu", "simt")
+# What each backend computes in, and where; on CPU tensors Triton's kernels are interpreted, and "simt" executes the CUDA
+# kernels. Both are slow, and "auto" never takes them there.
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "simt": (torch.float32, torch.bfloat16, torch.float16),
 }
-DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "cpu")}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "cpu"), "cuda": ("cuda",), "simt": ("cpu",)}
 # What "auto" takes for tensors on a device.
 FASTEST = {"cpu": "cpu", "cuda": "triton"}
 # From the plainest to the fastest; a build of one runs on every CPU that has it.
@@ -73,8 +76,9 @@ _cpu_isa, _cpu_explanation = load_cpu_library()
 _unavailable = {
     "reference": None,
     "triton": triton_backend.unavailable(),
-    "cuda": "cuda has no kernels in this version: use backend='triton' on a GPU, 'cpu' or 'reference' elsewhere",
+    "cuda": cuda_backend.cuda_unavailable,
     "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
+    "simt": cuda_backend.simt_unavailable,
 }
 _printed: set[str] = set()
 
@@ -87,7 +91,8 @@ def cpu_library() -> tuple[str | None, str]:
 def available_backends() -> dict[str, str | None]:
     """Every backend with None where it works here, else the reason why not and the remedy.
 
-    "triton" works without a GPU too: its kernels then run interpreted, on CPU tensors, slowly.
+    "triton" works without a GPU too: its kernels then run interpreted, on CPU tensors, slowly. "simt" are the CUDA
+    kernels, executed and checked on the CPU, slowly as well.
     """
     return dict(_unavailable)
 
@@ -127,7 +132,13 @@ def check_backend(backend: str, x: Tensor, dtype: torch.dtype) -> None:
 
 def operators(backend: str) -> Any:
     """The raw operators (gptkernels/library.py) of a backend."""
-    return torch.ops.gptkernels_triton if backend == "triton" else torch.ops.gptkernels
+    match backend:
+        case "triton":
+            return torch.ops.gptkernels_triton
+        case "simt":
+            return torch.ops.gptkernels_simt
+        case _:
+            return torch.ops.gptkernels
 
 
 def say_fallback(reason: str) -> None:

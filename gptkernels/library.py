@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("gptkernels", "DEF")
-# The same operators once more: what runs on them is chosen by the name, never inside a traced graph.
+# The same operators twice more: what runs on them is chosen by the name, never inside a traced graph.
 TRITON = torch.library.Library("gptkernels_triton", "DEF")
+SIMT = torch.library.Library("gptkernels_simt", "DEF")
+NAMES: list[str] = []
 MaybeTensor = Tensor | None
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
-    """Define an operator by its schema, for the native libraries and for Triton; the decorated function is its fake."""
+    """Define an operator by its schema in every namespace; the decorated function is its fake."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    TRITON.define(schema)
+    NAMES.append(name)
+    for library in (LIBRARY, TRITON, SIMT):
+        library.define(schema)
 
     def register(fake: Callable) -> Callable:
-        torch.library.register_fake(f"gptkernels::{name}", fake, lib=LIBRARY)
-        torch.library.register_fake(f"gptkernels_triton::{name}", fake, lib=TRITON)
+        for library in (LIBRARY, TRITON, SIMT):
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         return fake
 
     return register

@@ -10,30 +10,35 @@ import torch
 BACKENDS = {"cpu": (torch.float32, torch.bfloat16)}
 # Those that every operator is compared with float64 on, at every shape that they are fast enough for.
 EXECUTED = {**BACKENDS, "triton": (torch.float32, torch.bfloat16, torch.float16)}
-# Those that interpret their kernels in Python: they run the small cases only.
+# The CUDA kernels on the CPU, for the operators that have them.
+SIMT = {"simt": (torch.float32, torch.bfloat16, torch.float16)}
+# Those that interpret or emulate their kernels: they run the small cases only.
 SLOW_BACKENDS = ("triton", "simt")
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
-dtypes = pytest.mark.parametrize(
-    "backend, dtype",
-    [
+
+def over(kinds_of):
+    """Decorators (backends, dtypes, cases) that parametrise a test over these backends and what each computes in."""
+
+    def cases(names, small, large=(), backends=kinds_of):
+        """Over backend, dtype and `names`; the large cases only where the backend is fast."""
+        parameters = []
+        for backend, kinds in backends.items():
+            for dtype in kinds:
+                for case in [*small, *([] if backend in SLOW_BACKENDS else large)]:
+                    case = case if isinstance(case, tuple) else (case,)
+                    name = "-".join([backend, str(dtype)[6:], *map(str, case)])
+                    parameters.append(pytest.param(backend, dtype, *case, id=name))
+        return pytest.mark.parametrize(f"backend, dtype, {names}", parameters)
+
+    dtypes = [
         pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
-        for backend, kinds in BACKENDS.items()
+        for backend, kinds in kinds_of.items()
         for dtype in kinds
-    ],
-)
+    ]
+    return pytest.mark.parametrize("backend", kinds_of), pytest.mark.parametrize("backend, dtype", dtypes), cases
 
 
-def cases(names, small, large=(), backends=BACKENDS):
-    """Parametrise over backend, dtype and `names`; the large cases only where the backend is fast."""
-    parameters = []
-    for backend, kinds in backends.items():
-        for dtype in kinds:
-            for case in [*small, *([] if backend in SLOW_BACKENDS else large)]:
-                case = case if isinstance(case, tuple) else (case,)
-                name = "-".join([backend, str(dtype)[6:], *map(str, case)])
-                parameters.append(pytest.param(backend, dtype, *case, id=name))
-    return pytest.mark.parametrize(f"backend, dtype, {names}", parameters)
+backends, dtypes, cases = over(BACKENDS)
 
 
 def generator(seed):

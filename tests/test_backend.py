@@ -41,7 +41,7 @@ def test_auto_takes_the_cpu_kernels():
 
 @pytest.mark.parametrize("name", ["CPU", "", "eager", None])
 def test_unknown_backends(name):
-    with pytest.raises(ValueError, match="backend must be auto or one of reference, triton, cuda, cpu, got"):
+    with pytest.raises(ValueError, match="backend must be auto or one of reference, triton, cuda, cpu, simt, got"):
         layer_norm(x, backend=name)
 
 

@@ -10,8 +10,7 @@ from oracle import (
     BACKENDS,
     EXECUTED,
     LAYOUTS,
-    backends,
-    cases,
+    SIMT,
     check_against_oracle,
     check_layouts,
     check_no_grad,
@@ -19,13 +18,16 @@ from oracle import (
     check_only_wanted_gradients,
     check_repeats,
     draw,
-    dtypes,
+    over,
     results,
 )
 
 from gptkernels import layer_norm
 from gptkernels.ops.layer_norm import reference
 
+BACKENDS = {**BACKENDS, **SIMT}
+EXECUTED = {**EXECUTED, **SIMT}
+backends, dtypes, cases = over(BACKENDS)
 SMALL = [(1,), (7,), (1, 1), (1, 7), (3, 2), (2, 3, 8), (5, 33), (9, 64)]
 LARGE = [(67, 9), (3, 384), (2, 1, 5, 768), (130, 100), (33, 1000), (1, 4099), (2000, 5)]
 EMPTY = [(0, 7), (3, 0, 5)]

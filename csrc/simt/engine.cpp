@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 
 #include "common/device.cuh"
@@ -73,7 +72,6 @@ int64_t violations_now;  // of this launch
 std::string first_message;
 int64_t lane_counts[CLASSES];  // of classes that are counted by lane
 std::vector<Extent> buffers;
-std::recursive_mutex one_launch;
 uint64_t schedule_seed, random_state;
 
 uint32_t random_below(uint32_t n) {
@@ -142,8 +140,7 @@ void start_block(const Launch& l, uint3 index) {
     block.shadow.reset((uint32_t)block.shared.size());
     for (int t = 0; t < block.threads; ++t) {
         Thread& thread = threads[t];
-        thread.coordinates = {
-            {(unsigned)t, 0, 0}, index, {(unsigned)l.threads, 1, 1}, {l.grid.x, l.grid.y, l.grid.z}};
+        thread.coordinates = {{(unsigned)t, 0, 0}, index, {(unsigned)l.threads, 1, 1}, {l.grid.x, l.grid.y, l.grid.z}};
         thread.state = State::RUNNABLE;
         thread.copies.clear();
         thread.group = 0;
@@ -197,7 +194,8 @@ void run_block(const Launch& l, uint3 index) {
 void check_launch(const Launch& l) {
     std::string text = std::string("gptkernels simt: ") + l.name + ": ";
     if (l.threads < LANES || l.threads > MAX_THREADS || l.threads % LANES != 0)
-        throw std::runtime_error(text + "threads must be a multiple of 32 up to 1024, got " + std::to_string(l.threads));
+        throw std::runtime_error(text + "threads must be a multiple of 32 up to 1024, got " +
+                                 std::to_string(l.threads));
     if (l.shared_bytes > emulated_device().shared_bytes)
         throw std::runtime_error(text + "a block may use " + std::to_string(emulated_device().shared_bytes) +
                                  " bytes of shared memory, got " + std::to_string(l.shared_bytes));
@@ -246,6 +244,11 @@ void add_buffer(const void* begin, int64_t bytes) {
 
 void clear_buffers() { buffers.clear(); }
 
+std::recursive_mutex& one_operator() {
+    static std::recursive_mutex mutex;
+    return mutex;
+}
+
 Extent extent_of(const void* pointer) {
     const char* p = static_cast<const char*>(pointer);
     Extent best{p, p};
@@ -259,7 +262,7 @@ Extent extent_of(const void* pointer) {
 }
 
 void run(const Launch& l, const std::function<void()>& body) {
-    std::lock_guard lock(one_launch);
+    std::lock_guard lock(one_operator());
     check_launch(l);
     kernel = &body;
     kernel_name = l.name;
@@ -284,8 +287,9 @@ void violation(Violation kind, const char* format, ...) {
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     const uint3& b = me().coordinates.block;
-    std::string message = std::string(kernel_name) + ", block " + std::to_string(b.x) + " " + std::to_string(b.y) + " " +
-                          std::to_string(b.z) + ", thread " + std::to_string(running) + ": " + name_of(kind) + ": " + text;
+    std::string message = std::string(kernel_name) + ", block " + std::to_string(b.x) + " " + std::to_string(b.y) +
+                          " " + std::to_string(b.z) + ", thread " + std::to_string(running) + ": " + name_of(kind) +
+                          ": " + text;
     if (violations_now++ == 0) first_message = message;
     Report& r = report();
     ++r.violations[(int)kind];
@@ -295,16 +299,16 @@ void violation(Violation kind, const char* format, ...) {
 bool global_access(Class c, const void* p, int bytes, Extent extent) {
     const char* q = static_cast<const char*>(p);
     if (q < extent.begin || q + bytes > extent.end) {
-        violation(Violation::OUT_OF_BOUNDS_GLOBAL, "%s of %d bytes at %lld of a buffer of %lld bytes", name_of(c), bytes,
-                  (long long)(q - extent.begin), (long long)(extent.end - extent.begin));
+        violation(Violation::OUT_OF_BOUNDS_GLOBAL, "%s of %d bytes at %lld of a buffer of %lld bytes", name_of(c),
+                  bytes, (long long)(q - extent.begin), (long long)(extent.end - extent.begin));
         return false;
     }
     if (reinterpret_cast<uintptr_t>(p) % (uintptr_t)bytes != 0) {
         violation(Violation::MISALIGNED, "%s of %d bytes at %p", name_of(c), bytes, p);
         return false;
     }
-    my_warp().log.add(running % LANES, {reinterpret_cast<uintptr_t>(p), site_of(__builtin_return_address(0)), c, false,
-                                        (uint8_t)bytes});
+    my_warp().log.add(running % LANES,
+                      {reinterpret_cast<uintptr_t>(p), site_of(__builtin_return_address(0)), c, false, (uint8_t)bytes});
     return true;
 }
 
@@ -342,7 +346,8 @@ void copy_start(uint32_t to, uint32_t begin, uint32_t end, const void* from, int
                   (long long)(q - extent.begin), (long long)(extent.end - extent.begin));
         return;
     }
-    if (reinterpret_cast<uintptr_t>(from) % SIZE != 0) return violation(Violation::MISALIGNED, "cp.async from %p", from);
+    if (reinterpret_cast<uintptr_t>(from) % SIZE != 0)
+        return violation(Violation::MISALIGNED, "cp.async from %p", from);
     uint32_t other = 0;
     Hazard hazard = block.shadow.begin_copy(to, SIZE, now(), other);
     if (hazard != Hazard::NONE) report_hazard(hazard, "cp.async", to, SIZE, other);
@@ -396,7 +401,7 @@ void block_barrier(int line) {
 void warp_barrier(int line) {
     warp_collective(
         Class::BARRIER,
-        [](void* const (&)[LANES]) {
+        [](void* const(&)[LANES]) {
             // The count starts again with a new epoch of the block, which orders more than __syncwarp does.
             if (++my_warp().epoch <= Stamp::LAST_WARP_EPOCH) return;
             block.shadow.forget_times();
@@ -416,7 +421,8 @@ void warp_collective(Class c, WarpFunction function, void* operands, int line) {
     for (int lane = 0; lane < LANES; ++lane) {
         Thread& thread = threads[first + lane];
         if (thread.function != function || thread.line != line) {
-            violation(Violation::DIVERGENT_WARP, "lane %d waits at line %d, this one at line %d", lane, thread.line, line);
+            violation(Violation::DIVERGENT_WARP, "lane %d waits at line %d, this one at line %d", lane, thread.line,
+                      line);
             return abort_block();
         }
         of_lane[lane] = thread.operands;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <mutex>
 
 #include "simt/report.h"
 
@@ -37,6 +38,8 @@ struct Extent {
 };
 void add_buffer(const void* begin, int64_t bytes);
 void clear_buffers();
+// Held while an operator, and so its buffers, lives.
+std::recursive_mutex& one_operator();
 Extent extent_of(const void* pointer);
 
 // Run kernel() in every thread of the launch. Throws runtime_error with the first violation, if there was one.
@@ -61,7 +64,8 @@ uint32_t dynamic_shared_size();
 uint32_t static_shared(const void* key, uint32_t bytes);
 
 // cp.async: the copy happens in copy_wait, for all but the latest `pending` groups of this thread.
-[[gnu::noinline]] void copy_start(uint32_t to, uint32_t begin, uint32_t end, const void* from, int bytes, Extent extent);
+[[gnu::noinline]] void copy_start(uint32_t to, uint32_t begin, uint32_t end, const void* from, int bytes,
+                                  Extent extent);
 void copy_commit();
 void copy_wait(int pending);
 

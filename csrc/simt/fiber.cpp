@@ -18,8 +18,8 @@ namespace gptkernels::simt {
 
 void allocate_stack(Fiber& fiber) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    void* memory = mmap(nullptr, page + STACK_BYTES, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, page + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, page, PROT_NONE);
     fiber.stack = static_cast<char*>(memory) + page;

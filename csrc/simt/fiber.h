@@ -8,8 +8,8 @@ namespace gptkernels::simt {
 // Where a fiber that is not running goes on: its stack pointer.
 struct Fiber {
     void* stack_pointer = nullptr;
-    char* stack = nullptr;       // lowest address; null for the fiber that the program started in
-    void* sanitizer = nullptr;   // AddressSanitizer's note of the fiber's stack
+    char* stack = nullptr;      // lowest address; null for the fiber that the program started in
+    void* sanitizer = nullptr;  // AddressSanitizer's note of the fiber's stack
 };
 
 constexpr size_t STACK_BYTES = 256 * 1024;  // address space: only what is touched is memory

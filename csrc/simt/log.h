@@ -20,7 +20,8 @@ class WarpLog {
   public:
     void add(int lane, const Entry& entry) { lanes[lane].push_back(entry); }
     bool is_long() const { return lanes[0].size() >= 64; }
-    // Count what was logged, and forget it. The k-th access of a lane at a site belongs to the k-th of the others there.
+    // Count what was logged, and forget it. The k-th access of a lane at a site belongs to the k-th of the others
+    // there.
     void settle(KernelReport& kernel);
 
   private:

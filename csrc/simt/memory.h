@@ -102,8 +102,8 @@ struct Shared {
     }
 };
 
-#define SHARED_ARRAY(T, name, count)                                                                  \
-    static const char name##_key = 0;                                                                 \
+#define SHARED_ARRAY(T, name, count)                                                                   \
+    static const char name##_key = 0;                                                                  \
     const uint32_t name##_begin = ::gptkernels::simt::static_shared(&name##_key, sizeof(T) * (count)); \
     const ::gptkernels::Shared<T> name(name##_begin, name##_begin, name##_begin + (uint32_t)sizeof(T) * (count))
 

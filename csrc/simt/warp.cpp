@@ -5,9 +5,9 @@ namespace gptkernels::simt {
 
 uint32_t fp16_bits(float x) {
     uint32_t u = std::bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
-    if (size > 0x7f800000) return 0x7fff;               // NaN
-    if (size >= 0x477ff000) return sign | 0x7c00;       // 65520 and more round to infinity
-    if (size < 0x38800000) {                            // below 2^-14: a multiple of 2^-24, which adding 0.5 rounds to
+    if (size > 0x7f800000) return 0x7fff;          // NaN
+    if (size >= 0x477ff000) return sign | 0x7c00;  // 65520 and more round to infinity
+    if (size < 0x38800000) {                       // below 2^-14: a multiple of 2^-24, which adding 0.5 rounds to
         float shifted = std::bit_cast<float>(size) + 0.5f;
         return sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000);
     }
@@ -34,7 +34,7 @@ uint32_t shuffle(uint32_t value, int source, unsigned mask, int line) {
     } mine{value, 0, source};
     warp_collective(
         Class::SHUFFLE,
-        [](void* const (&lanes)[LANES]) {
+        [](void* const(&lanes)[LANES]) {
             auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane]); };
             for (int lane = 0; lane < LANES; ++lane) of(lane)->result = of(of(lane)->source & 31)->value;
         },
@@ -50,9 +50,10 @@ uint32_t ballot(bool vote, unsigned mask, int line) {
     } mine{vote, 0};
     warp_collective(
         Class::SHUFFLE,
-        [](void* const (&lanes)[LANES]) {
+        [](void* const(&lanes)[LANES]) {
             uint32_t votes = 0;
-            for (int lane = 0; lane < LANES; ++lane) votes |= (uint32_t) static_cast<Operands*>(lanes[lane])->vote << lane;
+            for (int lane = 0; lane < LANES; ++lane)
+                votes |= (uint32_t)static_cast<Operands*>(lanes[lane])->vote << lane;
             for (void* lane : lanes) static_cast<Operands*>(lane)->result = votes;
         },
         &mine, line);
@@ -91,8 +92,8 @@ void gather16(void* const (&lanes)[LANES], Product product, int K, double (&a)[1
     }
 }
 
-// Fragments of tf32: register r of a is row g (+ 8 for odd r), column t (+ 4 from r = 2 on); of b row t (+ 4 for r = 1),
-// column g.
+// Fragments of tf32: register r of a is row g (+ 8 for odd r), column t (+ 4 from r = 2 on); of b row t (+ 4 for r =
+// 1), column g.
 void gather_tf32(void* const (&lanes)[LANES], double (&a)[16][16], double (&b)[16][8]) {
     for (int lane = 0; lane < LANES; ++lane) {
         auto& o = *static_cast<MmaOperands*>(lanes[lane]);

@@ -77,10 +77,10 @@ DEVICE void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4], uint32_t b
     simt::mma(simt::Product::TF32_K8, acc, a, b0, b1, line);
 }
 
-#define GPTKERNELS_LDMATRIX(count, suffix, transposed, registers, first)                               \
-    template <class T>                                                                                 \
+#define GPTKERNELS_LDMATRIX(count, suffix, transposed, registers, first)                                        \
+    template <class T>                                                                                          \
     DEVICE void ldmatrix_x##count##suffix(uint32_t(&r) registers, Shared<T> row, int line = __builtin_LINE()) { \
-        simt::ldmatrix(first, count, transposed, row.address, row.begin, row.end, line);               \
+        simt::ldmatrix(first, count, transposed, row.address, row.begin, row.end, line);                        \
     }
 GPTKERNELS_LDMATRIX(1, , false, , &r)
 GPTKERNELS_LDMATRIX(2, , false, [2], r)

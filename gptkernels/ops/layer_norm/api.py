@@ -53,7 +53,7 @@ def layer_norm(
         weight, bias: (C,) each, or None for 1 and 0; float32 or x's dtype, and the same dtype when both are given.
         eps: added to the variance, positive.
         residual: like x (its dtype may differ: a float32 stream beside a bfloat16 branch), or None.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "simt".
     Returns:
         y in x's dtype (autocast's under autocast); with a residual (y, s), s in the wider dtype of x and residual.
     Raises:

@@ -1,0 +1,246 @@
+// LayerNorm, backward. With xhat = (x - mean) rstd and wdy = dy weight:
+//
+//   dx = rstd (wdy - mean(wdy) - xhat mean(wdy xhat)) + dtotal;   dweight = sum of dy xhat;   dbias = sum of dy
+//
+// Rows belong to threads as in the forward (rows.cuh). A worker (a warp, or a block for long rows) takes every
+// workers-th row and adds its dweight and dbias up in registers, where its threads own the same columns of every row;
+// at the end it writes them as one fp32 row, and a second kernel adds these rows. No atomics: the same bits every time
+// on devices of as many processors. Rows of more than 8192 columns are read twice (from L2) instead of being kept:
+// beside the sums they do not fit into the registers that 512 threads have. Bytes a row: dy, x, dtotal, dx, C elements
+// each. Memory binds.
+#include "layer_norm/layer_norm_cuda.h"
+#include "layer_norm/rows.cuh"
+
+namespace gptkernels {
+namespace {
+
+// Workers: as many as keep a processor's memory pipes full, each with rows enough not to be all overhead.
+constexpr int WARPS_A_PROCESSOR = 8, ROWS_A_WORKER = 4;
+
+// Columns that a thread keeps, in fp32 registers beside the two sums, and the threads that have as many registers;
+// those of a row that is read twice, of which there are the sums only.
+template <class T>
+constexpr int KEPT_COLUMNS = sizeof(T) == 2 ? 32 : 24;
+constexpr int MOST_KEPT_THREADS = 256, READ_TWICE_COLUMNS = 32, MOST_THREADS = 512;
+
+template <class T, class W>
+struct Backward {
+    In<T> dy, dtotal, x;
+    In<W> weight;
+    Global<const float> mean, rstd;
+    Out<T> dx;
+    Global<float> dweight, dbias;  // a row a worker
+    int64_t N;
+    int C;
+};
+
+// mean(wdy) and mean(wdy xhat) of a row.
+struct Means {
+    float wdy, product;
+};
+
+// Both sums over a row; scratch is for 2 WARP floats that the row before did not use.
+template <int ROW_THREADS>
+DEVICE Means row_means(float wdy, float product, int C, Shared<float> scratch) {
+    wdy = warp_sum(wdy);
+    product = warp_sum(product);
+    if constexpr (ROW_THREADS != WARP) {
+        int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, warps = (int)blockDim.x / WARP;
+        if (lane == 0) {
+            scratch[warp] = wdy;
+            scratch[WARP + warp] = product;
+        }
+        __syncthreads();
+        wdy = warp_sum(lane < warps ? (float)scratch[lane] : 0.0f);
+        product = warp_sum(lane < warps ? (float)scratch[WARP + lane] : 0.0f);
+    }
+    return {wdy / (float)C, product / (float)C};
+}
+
+template <int N>
+struct Packet {
+    Vector<float, N> xhat, wdy;
+};
+
+// xhat and wdy of a packet, from dy and x as loaded.
+template <int N, class T, class W>
+DEVICE Packet<N> packet_of(const Backward<T, W>& p, const Vector<float, N>& dy, const Vector<float, N>& x, int column,
+                           float mean, float rstd) {
+    Packet<N> packet;
+    UNROLL
+    for (int j = 0; j < N; ++j) packet.xhat[j] = (x[j] - mean) * rstd;
+    packet.wdy = dy;
+    if (p.weight) {
+        Vector<float, N> weight = load_floats<N>(p.weight, column);
+        UNROLL
+        for (int j = 0; j < N; ++j) packet.wdy[j] *= weight[j];
+    }
+    return packet;
+}
+
+template <int N, class T, class W>
+DEVICE void store_dx(const Backward<T, W>& p, int64_t i, const Packet<N>& packet, Means means, float rstd,
+                     const Vector<Raw<T>, N>& dtotal) {
+    Vector<float, N> dx;
+    UNROLL
+    for (int j = 0; j < N; ++j) dx[j] = (packet.wdy[j] - means.wdy - packet.xhat[j] * means.product) * rstd;
+    if (p.dtotal) {
+        Vector<float, N> more = to_floats(dtotal);
+        UNROLL
+        for (int j = 0; j < N; ++j) dx[j] += more[j];
+    }
+    store_floats(p.dx, i, dx);
+}
+
+// One row: dx, and its part of this thread's columns of dweight and dbias.
+template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
+DEVICE void backward_row(const Backward<T, W>& p, int64_t row, Shared<float> scratch, Vector<float, N> (&dweight)[K],
+                         Vector<float, N> (&dbias)[K]) {
+    float mean = p.mean[row], rstd = p.rstd[row], sum = 0, product = 0;
+    Vector<Raw<T>, N> dy[K], x[K], dtotal[K];
+    Packet<N> packets[K];
+    auto index = [&](int k) { return row * p.C + column_of<ROW_THREADS, N>(k); };
+    auto exists = [&](int k) { return column_of<ROW_THREADS, N>(k) < p.C; };
+    if constexpr (KEEP) {  // all loads are under way before the first is used
+        UNROLL
+        for (int k = 0; k < K; ++k)
+            if (exists(k)) x[k] = load_raw<N>(p.x, index(k));
+        UNROLL
+        for (int k = 0; k < K; ++k)
+            if (exists(k)) dy[k] = load_raw<N>(p.dy, index(k));
+        UNROLL
+        for (int k = 0; k < K; ++k)
+            if (p.dtotal && exists(k)) dtotal[k] = load_raw<N>(p.dtotal, index(k));
+    }
+    auto packet = [&](int k) {
+        if (!KEEP) x[k] = load_raw<N>(p.x, index(k));
+        if (!KEEP) dy[k] = load_raw<N>(p.dy, index(k));
+        return packet_of(p, to_floats(dy[k]), to_floats(x[k]), column_of<ROW_THREADS, N>(k), mean, rstd);
+    };
+    UNROLL
+    for (int k = 0; k < K; ++k) {
+        if (!KEEP) __syncwarp();  // keeps the compiler from loading all packets at once, for which there is no room
+        if (!exists(k)) continue;
+        packets[k] = packet(k);
+        Vector<float, N> gradient = to_floats(dy[k]);
+        UNROLL
+        for (int j = 0; j < N; ++j) {
+            sum += packets[k].wdy[j];
+            product += packets[k].wdy[j] * packets[k].xhat[j];
+            dweight[k][j] += gradient[j] * packets[k].xhat[j];
+            dbias[k][j] += gradient[j];
+        }
+    }
+    Means means = row_means<ROW_THREADS>(sum, product, p.C, scratch);
+    UNROLL
+    for (int k = 0; k < K; ++k) {
+        if (!KEEP) __syncwarp();
+        if (!exists(k)) continue;
+        if (!KEEP && p.dtotal) dtotal[k] = load_raw<N>(p.dtotal, index(k));
+        store_dx(p, index(k), KEEP ? packets[k] : packet(k), means, rstd, dtotal[k]);
+    }
+}
+
+template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
+__global__ void __launch_bounds__(KEEP ? MOST_KEPT_THREADS : MOST_THREADS)
+    layer_norm_backward_kernel(Backward<T, W> p) {
+    SHARED_ARRAY(float, scratch, 4 * WARP);
+    int64_t worker = first_row<ROW_THREADS>(), workers = (int64_t)gridDim.x * block_rows<ROW_THREADS>();
+    Vector<float, N> dweight[K] = {}, dbias[K] = {};
+    int parity = 0;  // one barrier a row: a warp may write the next row's sums while another still reads this one's
+    for (int64_t row = worker; row < p.N; row += workers, parity ^= 1)
+        backward_row<ROW_THREADS, N, K, KEEP>(p, row, scratch + parity * 2 * WARP, dweight, dbias);
+    UNROLL
+    for (int k = 0; k < K; ++k) {
+        int column = column_of<ROW_THREADS, N>(k);
+        if (column >= p.C) continue;
+        if (p.dweight) store(p.dweight + worker * p.C + column, dweight[k]);
+        if (p.dbias) store(p.dbias + worker * p.C + column, dbias[k]);
+    }
+}
+
+constexpr int SUM_WARPS = 8;
+
+// The workers' rows added up, 32 columns a block: each warp adds every SUM_WARPS-th row, then these sums are added.
+__global__ void __launch_bounds__(SUM_WARPS* WARP)
+    layer_norm_sum_kernel(Global<const float> dweight, Global<const float> dbias, Out<any> dweight_out,
+                          Out<any> dbias_out, int64_t workers, int C) {
+    SHARED_ARRAY(float, sums, SUM_WARPS* WARP);
+    Global<const float> rows = blockIdx.y == 0 ? dweight : dbias;
+    int column = (int)(blockIdx.x * WARP + threadIdx.x % WARP), warp = (int)threadIdx.x / WARP;
+    if (!rows) return;
+    float sum = 0;
+    if (column < C)
+        for (int64_t row = warp; row < workers; row += SUM_WARPS) sum += rows[row * C + column];
+    sums[(int)threadIdx.x] = sum;
+    __syncthreads();
+    if (warp != 0 || column >= C) return;
+    UNROLL
+    for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * WARP + (int)threadIdx.x];
+    if (blockIdx.y == 0) store_floats(dweight_out, column, Vector<float, 1>{sum});
+    else store_floats(dbias_out, column, Vector<float, 1>{sum});
+}
+
+int64_t workers_of(int64_t N, Tile tile) {
+    int64_t most = (int64_t)device().processors * WARPS_A_PROCESSOR * WARP / tile.row_threads;
+    int64_t wanted = (N + ROWS_A_WORKER - 1) / ROWS_A_WORKER, a_block = rows_a_block(tile);
+    int64_t workers = wanted < most ? wanted : most;
+    return (workers + a_block - 1) / a_block * a_block;
+}
+
+template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
+void launch_with(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
+    int64_t workers = workers_of(p.N, tile);
+    float* sums[2] = {p.dweight.data ? p.partial : nullptr,
+                      p.dbias.data ? p.partial + (p.dweight.data ? workers * p.C : 0) : nullptr};
+    Backward<T, W> b{input<T>(p.dy),  input<T>(p.dtotal),
+                     input<T>(p.x),   input<W>(p.weight),
+                     p.mean,          p.rstd,
+                     output<T>(p.dx), sums[0],
+                     sums[1],         p.N,
+                     (int)p.C};
+    if (workers > 0)
+        launch({"layer_norm_backward", workers / rows_a_block(tile), block_of(tile), 0, stream},
+               layer_norm_backward_kernel<ROW_THREADS, N, K, KEEP, T, W>, b);
+    if (sums[0] || sums[1])
+        launch({"layer_norm_sum", Grid((p.C + WARP - 1) / WARP, 2), SUM_WARPS * WARP, 0, stream}, layer_norm_sum_kernel,
+               sums[0], sums[1], output<any>(p.dweight), output<any>(p.dbias), workers, (int)p.C);
+}
+
+template <int N, class T, class W>
+void launch_kept(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
+    constexpr int MOST = KEPT_COLUMNS<T>;
+    int columns = tile.packets * N;
+    // Twice as many threads are taken where half of them do not suffice, so that long rows need more than half of MOST.
+    if (tile.row_threads > WARP && columns <= MOST - 8) launch_with<0, N, (MOST - 8) / N, true, T, W>(p, tile, stream);
+    else if (tile.row_threads > WARP) launch_with<0, N, MOST / N, true, T, W>(p, tile, stream);
+    else if (columns <= 8) launch_with<WARP, N, 8 / N, true, T, W>(p, tile, stream);
+    else if (columns <= 16) launch_with<WARP, N, 16 / N, true, T, W>(p, tile, stream);
+    else if (columns <= 24) launch_with<WARP, N, 24 / N, true, T, W>(p, tile, stream);
+    else if constexpr (MOST > 24) launch_with<WARP, N, 32 / N, true, T, W>(p, tile, stream);
+}
+
+template <int N, class T, class W>
+void launch_tile(const LayerNormBackwardCuda& p, void* stream) {
+    constexpr int K = READ_TWICE_COLUMNS / N;
+    if constexpr (!std::is_same_v<T, any>) {
+        Tile tile = tile_of(p.C, N, KEPT_COLUMNS<T>);
+        if (tile.row_threads <= MOST_KEPT_THREADS) return launch_kept<N, T, W>(p, tile, stream);
+    } else if (p.C <= WARP * READ_TWICE_COLUMNS) {
+        return launch_with<WARP, N, K, false, T, W>(p, {WARP, K}, stream);
+    }
+    launch_with<MOST_THREADS, N, K, false, T, W>(p, {MOST_THREADS, K}, stream);
+}
+
+}  // namespace
+
+// No instance has fewer threads for a row, and so more workers, than one of two bytes an element.
+int64_t layer_norm_partial_rows(int64_t N, int64_t C) { return workers_of(N, tile_of(C, 1, KEPT_COLUMNS<bf16>)); }
+
+void layer_norm_backward_cuda(const LayerNormBackwardCuda& p, void* stream) {
+    with_types(p.x.type, p.weight.data ? p.weight.type : p.x.type, p.dy.type == p.x.type, p.C,
+               {p.dy, p.dtotal, p.x, p.weight, {p.dx.data, p.dx.type}},
+               [&]<class T, class W, int N>() { launch_tile<N, T, W>(p, stream); });
+}
+
+}  // namespace gptkernels

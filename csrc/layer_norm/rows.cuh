@@ -1,0 +1,81 @@
+// How a LayerNorm kernel's threads own a row: what forward and backward share.
+#pragma once
+
+#include <initializer_list>
+
+#include "common/convert.cuh"
+#include "common/reduce.cuh"
+
+namespace gptkernels {
+
+// A row belongs to a warp, of which a block of BLOCK threads has several, or to a whole block. Each thread owns K
+// packets of N columns, as many packets apart as the row has threads, so that a warp's accesses are contiguous. In a
+// kernel ROW_THREADS is that number, or 0 for the block's size: a constant makes addresses constants.
+constexpr int BLOCK = 128;
+
+struct Tile {
+    int row_threads;
+    int packets;  // a thread
+};
+
+// The fewest threads for C columns in packets of N, of which a thread has registers for `columns` columns.
+inline Tile tile_of(int64_t C, int N, int columns) {
+    int most = columns / N, threads = WARP;
+    int64_t packets = (C + N - 1) / N;
+    while (packets > (int64_t)threads * most) threads *= 2;
+    return {threads, (int)((packets + threads - 1) / threads)};
+}
+
+inline int block_of(Tile tile) { return tile.row_threads == WARP ? BLOCK : tile.row_threads; }
+inline int rows_a_block(Tile tile) { return block_of(tile) / tile.row_threads; }
+
+// The kernel's rows a block, and this thread's place among them.
+template <int ROW_THREADS>
+DEVICE int block_rows() {
+    return ROW_THREADS == WARP ? BLOCK / WARP : 1;
+}
+template <int ROW_THREADS>
+DEVICE int64_t first_row() {
+    return ROW_THREADS == WARP ? (int64_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP : (int64_t)blockIdx.x;
+}
+
+// First column of this thread's packet k.
+template <int ROW_THREADS, int N>
+DEVICE int column_of(int k) {
+    int threads = ROW_THREADS ? ROW_THREADS : (int)blockDim.x;
+    return (k * threads + (int)threadIdx.x % threads) * N;
+}
+
+// The sum over a row of a number a thread. A block that is one row takes a barrier, and a scratch of its own each time.
+template <int ROW_THREADS>
+DEVICE float row_sum(float x, Shared<float> scratch) {
+    x = warp_sum(x);
+    if constexpr (ROW_THREADS == WARP) return x;
+    else return sum_of_warps(x, scratch, (int)blockDim.x / WARP);
+}
+
+// Whether arrays of C columns can be accessed in packets of N elements: each row begins on a multiple of a packet.
+inline bool in_packets(int64_t C, int N, std::initializer_list<Array> arrays) {
+    bool fits = C % N == 0;
+    for (const Array& a : arrays) {
+        int bytes = N * bytes_of(a.type) < 16 ? N * bytes_of(a.type) : 16;
+        fits = fits && reinterpret_cast<uintptr_t>(a.data) % (uintptr_t)bytes == 0;
+    }
+    return fits;
+}
+
+// Call run.operator()<T, W, N>() for the element type, the type of weights and the packet that suit the arrays: T and W
+// as they are where all of `arrays` have one type, else types are looked up.
+template <class Run>
+void with_types(Type type, Type vector, bool one_type, int64_t C, std::initializer_list<Array> arrays, Run run) {
+    bool typed = one_type && in_packets(C, 16 / bytes_of(type), arrays);
+    if (typed && type == Type::FLOAT32 && vector == type) return run.template operator()<float, float, 4>();
+    if (typed && type == Type::BFLOAT16 && vector == type) return run.template operator()<bf16, bf16, 8>();
+    if (typed && type == Type::BFLOAT16 && vector == Type::FLOAT32) return run.template operator()<bf16, float, 8>();
+    if (typed && type == Type::FLOAT16 && vector == type) return run.template operator()<fp16, fp16, 8>();
+    if (typed && type == Type::FLOAT16 && vector == Type::FLOAT32) return run.template operator()<fp16, float, 8>();
+    if (in_packets(C, 4, arrays)) return run.template operator()<any, any, 4>();
+    return run.template operator()<any, any, 1>();
+}
+
+}  // namespace gptkernels
