@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(SUM_WARPS* WARP)
     SHARED_ARRAY(float, sums, SUM_WARPS* WARP);
     Global<const float> rows = blockIdx.y == 0 ? dweight : dbias;
     int column = (int)(blockIdx.x * WARP + threadIdx.x % WARP), warp = (int)threadIdx.x / WARP;
-    if (!rows) return;
+    if (!(blockIdx.y == 0 ? dweight_out : dbias_out)) return;
     float sum = 0;
     if (column < C)
         for (int64_t row = warp; row < workers; row += SUM_WARPS) sum += rows[row * C + column];
@@ -202,7 +202,7 @@ void launch_with(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
     if (workers > 0)
         launch({"layer_norm_backward", workers / rows_a_block(tile), block_of(tile), 0, stream},
                layer_norm_backward_kernel<ROW_THREADS, N, K, KEEP, T, W>, b);
-    if (sums[0] || sums[1])
+    if (p.dweight.data || p.dbias.data)
         launch({"layer_norm_sum", Grid((p.C + WARP - 1) / WARP, 2), SUM_WARPS * WARP, 0, stream}, layer_norm_sum_kernel,
                sums[0], sums[1], output<any>(p.dweight), output<any>(p.dbias), workers, (int)p.C);
 }
