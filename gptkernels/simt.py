@@ -61,3 +61,14 @@ def schedule(seed: int) -> Iterator[None]:
         yield
     finally:
         native.set_schedule(0)
+
+
+@contextmanager
+def device(capability: int = 80, processors: int = 108, shared_bytes: int = 163 * 1024) -> Iterator[None]:
+    """Run as on another GPU, by default an A100: kernels choose their tiles by what it has."""
+    native = module()
+    before = native.set_device(capability, processors, shared_bytes)
+    try:
+        yield
+    finally:
+        native.set_device(*before)

@@ -63,7 +63,10 @@ PYBIND11_MODULE(_simt_report, m) {
     m.def(
         "set_device",
         [](int capability, int processors, int shared_bytes) {
+            gptkernels::Device before = *interface.device;
             *interface.device = {capability, processors, shared_bytes};
+            return std::make_tuple(before.capability, before.processors, before.shared_bytes);
         },
-        py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"));
+        py::arg("capability"), py::arg("processors"), py::arg("shared_bytes"),
+        "The device that is emulated from now on; returns what it was before.");
 }
