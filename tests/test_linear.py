@@ -9,8 +9,7 @@ from oracle import (
     BACKENDS,
     EXECUTED,
     LAYOUTS,
-    backends,
-    cases,
+    SIMT,
     check_against_oracle,
     check_layouts,
     check_no_grad,
@@ -18,13 +17,17 @@ from oracle import (
     check_only_wanted_gradients,
     check_repeats,
     draw,
-    dtypes,
+    over,
     results,
 )
 
 from gptkernels import linear
 from gptkernels.ops.linear import reference
 
+BACKENDS = {**BACKENDS, **SIMT}
+EXECUTED = {**EXECUTED, **SIMT}
+backends, dtypes, cases = over(BACKENDS)
+simt_cases = over(SIMT)[2]
 # x's shape and C_out. The product's register tile is 6 or 12 rows by 8 to 32 columns, a slice of the sum 384 or 768 deep,
 # a block 384 columns by 1020 rows: each of the three products of forward and backward crosses each edge.
 SMALL = [((1, 1), 1), ((5,), 3), ((2, 3, 7), 5), ((13, 17), 9), ((12, 32), 64), ((25, 33), 31)]

@@ -9,8 +9,7 @@ from oracle import (
     BACKENDS,
     EXECUTED,
     LAYOUTS,
-    backends,
-    cases,
+    SIMT,
     check_against_oracle,
     check_layouts,
     check_no_grad,
@@ -18,13 +17,17 @@ from oracle import (
     check_only_wanted_gradients,
     check_repeats,
     draw,
-    dtypes,
+    over,
     results,
 )
 
 from gptkernels import gelu_mlp
 from gptkernels.ops.mlp import reference
 
+BACKENDS = {**BACKENDS, **SIMT}
+EXECUTED = {**EXECUTED, **SIMT}
+backends, dtypes, cases = over(BACKENDS)
+simt_cases = over(SIMT)[2]
 SMALL = [((1, 1), 1), ((7,), 5), ((2, 3, 7), 9), ((13, 17), 70), ((12, 32), 64)]
 LARGE = [((65, 64), 256), ((5, 385), 40), ((9, 20), 1000), ((1050, 9), 17), ((127, 96), 384)]
 EMPTY = [((0, 7), 5), ((2, 0, 4), 8), ((3, 4), 0)]

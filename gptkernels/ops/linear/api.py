@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         weight: (C_out, C_in), nn.Linear's layout, in x's dtype or float32; a float32 weight beside a bfloat16 x is
             rounded on its way into the product, and its gradient is float32 (so autocast needs no copy of it).
         bias: (C_out,) in weight's dtype, or None.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "simt".
     Returns:
         (..., C_out) in x's dtype; in autocast's dtype under autocast.
     Raises:

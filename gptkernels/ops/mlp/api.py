@@ -33,7 +33,7 @@ def gelu_mlp(
             product when x is a 16-bit type; their gradients are then float32).
         b_fc: (F,) and b_proj: (C,) in their weight's dtype, or None.
         approximate: "tanh" (GPT-2's weights need it) or "none" (erf).
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "simt".
     Returns:
         (..., C) in x's dtype; in autocast's dtype under autocast.
     Raises:
