@@ -110,7 +110,12 @@ DEVICE void store(Global<T> p, const Vector<T, N>& v) {
     for (int i = 0; i < COUNT; ++i) {
         Word<BYTES> word;
         memcpy(&word, reinterpret_cast<const char*>(&v) + i * BYTES, BYTES);
-        reinterpret_cast<Word<BYTES>*>(p.pointer)[i] = word;
+        auto* to = reinterpret_cast<Word<BYTES>*>(p.pointer) + i;
+        if constexpr (BYTES == 16)  // which nvcc may split into four stores
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+                         "r"(word.y), "r"(word.z), "r"(word.w)
+                         : "memory");
+        else *to = word;
     }
 }
 

@@ -30,14 +30,15 @@ def causal_attention(
         out_i = sum over j <= i + S - T of dropout(softmax_j(scale q_i . k_j)) v_j
 
     Args:
-        q: (B, H, T, D), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
+        q: (B, H, T, D), float32 or bfloat16, with triton, cuda and simt float16 too (any floating dtype with backend="reference").
         k, v: (B, H, S, D) in q's dtype. With S > T the queries are the last T tokens (bottom-right alignment); with
             S < T the first T - S queries see no key and give 0. Any strides; a last dimension that is not contiguous is copied.
         scale: factor of the scores, 1/sqrt(D) if None.
         dropout_p: probability of dropping a weight, in [0, 1); kept ones are scaled by 1/(1 - dropout_p).
         seed: key of the dropout mask, an int or a 0-d int64 tensor, needed when dropout_p > 0. Every backend draws the
             same mask: Philox4x32-10 on the absolute (batch, head, row, column).
-        backend: "auto", "reference", "cpu" or "triton" (both D <= 256).
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "simt" (all but the reference D <= 256; cuda and simt
+            copy inputs whose rows do not start on 16 bytes or whose D is no multiple of 8).
     Returns:
         (B, H, T, D) in q's dtype (autocast's under autocast), token-major in memory: out.transpose(1, 2) is contiguous.
     Raises:
