@@ -23,8 +23,8 @@ from benchmarks.harness import Column
 from benchmarks.options import Options
 from gptkernels.cost import Cost, training_step
 from model.config import Config, ModelConfig, TrainConfig, resolve
-from model.equivalence import CHARACTERS, JITTER
 from model.equivalence_rule import Row, compare
+from model.equivalence_subject import CHARACTERS, JITTER
 from model.fast import FastGPT
 from model.reference import GPT, sinusoidal_positions
 from model.train import make_optimizer

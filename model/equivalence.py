@@ -1,30 +1,35 @@
 """`gptkernels check`: is the fast model the same function as the reference?
 
-Both models run on the same weights and the same tokens, and both are measured against the reference in float64: the
-logits, the loss, the gradient of every parameter, and the losses of a number of training steps. What the fast model
-may be wrong by is set by what plain PyTorch is wrong by in the same dtype; see model/equivalence_rule.py.
+Both run on the same weights and the same tokens, and both are measured against the reference in float64. What the fast
+model may be wrong by is set by what plain PyTorch is wrong by in the same dtype. The parts:
+
+    equivalence_rule       what an error may be, and the figures of one comparison
+    equivalence_subject    what is compared: a preset, a run folder, or a state_dict file
+    equivalence_sites      where the fast model calls an operator, and how to put another function there
+    equivalence_operators  each operator and each block alone
+    equivalence_levels     the whole model: logits, loss, gradients, an optimizer step, greedy text
+    equivalence_band       training: is this drift normal?
+    equivalence_bisect     --bisect: the first operator, layer and step where the two part
+    equivalence_faults     known bugs, and equivalence_sabotage: --sabotage, the proof that check catches them
+    equivalence_report     the table, the closing sentence, the JSON line
+    equivalence_page       --report: one HTML page, with pictures by model/chart.py
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from model.checkpoint import holds_run, load_model
-from model.config import Config, resolve
-from model.data import load_dataset, random_batch
+from model.equivalence_band import RUNS, Band, measure_band
+from model.equivalence_levels import compare_outcomes, compare_step, compare_tokens
+from model.equivalence_operators import compare_blocks, compare_operators
 from model.equivalence_report import json_line, sentence, table
-from model.equivalence_rule import Row, compare, pooled
-from model.fast import FastGPT, Model
-from model.optimize import make_optimizer
-from model.reference import GPT
+from model.equivalence_rule import Row
+from model.equivalence_sites import Choice, as_it_is
+from model.equivalence_subject import Models, Subject, subject
+from model.fast import FastGPT
 from model.report import describe_backends
 from model.usage import Parser
 
@@ -32,149 +37,78 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Three batches, so that a quantity of one number (the loss) is not judged by the luck of one rounding.
 BATCHES = 3
-# A preset does not know the vocabulary of its text; tiny Shakespeare's is this.
-CHARACTERS = 65
-# As wide as the initial weights: at the initial values themselves, zero and one, a bias or gain that is left out
-# would change nothing.
-JITTER = 0.02
-
-Batch = tuple[Tensor, Tensor]
+# Greedy text to compare, after a prompt of so many tokens.
+TOKENS, PROMPT = 48, 8
 
 
-@dataclass(frozen=True)
-class Models:
-    """The three versions of one model: equal weights, no shared tensors, so that each can be trained by itself."""
+@dataclass
+class Result:
+    """Every row of a comparison, and the training curves where there were steps."""
 
-    ours: FastGPT
-    plain: GPT
-    oracle: GPT
+    rows: list[Row] = field(default_factory=list)
+    band: Band | None = None
 
-    @classmethod
-    def of(cls, weights: GPT, backend: str) -> Models:
-        """Around copies of a reference's weights, all in train mode."""
-        plain, shared = copy.deepcopy(weights).train(), copy.deepcopy(weights).train()
-        ours = FastGPT.from_reference(shared, backend=backend).train()
-        return cls(ours, plain, copy.deepcopy(weights).double().train())
+    @property
+    def passed(self) -> bool:
+        """Whether the fast model is the reference's function."""
+        return all(row.passed for row in self.rows)
 
 
-def run_forward(model: Model, batch: Batch, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """(logits, loss) of a batch; bf16 is autocast over fp32 weights, and a float64 model is left alone."""
-    options = {"return_logits": True} if isinstance(model, FastGPT) else {}
-    bf16 = dtype is torch.bfloat16 and next(model.parameters()).dtype is torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        logits, loss = model(*batch, seed=seed, **options)
-    return logits, loss
-
-
-def outcome(model: Model, batch: Batch, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Logits, loss and the gradient of every parameter."""
-    model.zero_grad(set_to_none=True)
-    logits, loss = run_forward(model, batch, dtype, seed)
-    loss.backward()
-    gradients = {}
-    for name, p in model.named_parameters():
-        # A parameter that no gradient reached is a finding, not an exception: NaN fails the rule by itself.
-        gradients[f"grad {name}"] = torch.full_like(p, math.nan) if p.grad is None else p.grad.detach()
-    return {"logits": logits.detach(), "loss": loss.detach(), **gradients}
-
-
-def compare_outcomes(models: Models, batches: Sequence[Batch], dtype: torch.dtype, seed: int) -> list[Row]:
-    """Logits, loss and every gradient, each over all the batches."""
-    rows: dict[str, list[Row]] = {}
-    for i, batch in enumerate(batches):
-        ours, plain, oracle = (
-            outcome(model, batch, dtype, seed + i) for model in (models.ours, models.plain, models.oracle)
-        )
-        for name, right in oracle.items():
-            rows.setdefault(name, []).append(compare(name, ours[name], plain[name], right, dtype=dtype))
-    return [pooled(of_quantity, dtype) for of_quantity in rows.values()]
-
-
-def training_losses(model: Model, batches: Sequence[Batch], dtype: torch.dtype, config: Config, seed: int) -> Tensor:
-    """The loss before each of the steps, with the preset's optimizer at its full learning rate."""
-    optimizer = make_optimizer(model, config)
-    losses = []
-    for i, batch in enumerate(batches):
-        optimizer.zero_grad(set_to_none=True)
-        _, loss = run_forward(model, batch, dtype, seed + i)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip or math.inf)
-        optimizer.step()
-        losses.append(loss.detach().double())
-    return torch.stack(losses) if losses else torch.empty(0, dtype=torch.float64)
-
-
-def compare_training(models: Models, batches: Sequence[Batch], dtype: torch.dtype, config: Config, seed: int) -> Row:
-    """The losses of len(batches) training steps: the three models trained apart on the same batches."""
-    ours, plain, oracle = (
-        training_losses(model, batches, dtype, config, seed) for model in (models.ours, models.plain, models.oracle)
-    )
-    return compare(f"losses of {len(batches)} steps", ours, plain, oracle, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is checked: a configuration, a model with its weights, the tokens, and words for all of that."""
-
-    name: str
-    config: Config
-    weights: GPT
-    tokens: Tensor
-    description: str
-
-
-def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
-    """A run folder's trained model on its text, or a preset's fresh model on random tokens."""
-    if holds_run(Path(name)):
-        if overrides:
-            raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
-        model, tokenizer, config = load_model(name)
-        weights = model.to_reference() if isinstance(model, FastGPT) else model
-        dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
-        return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
-    config, _ = resolve(name, list(overrides))
-    if not config.model.vocab_size:
-        config = replace(config, model=replace(config.model, vocab_size=CHARACTERS))
-    torch.manual_seed(seed)
-    weights = GPT(config.model)
-    with torch.no_grad():
-        for p in weights.parameters():
-            p.add_(JITTER * torch.randn_like(p))
-    windows = 4 * config.train.batch * (config.model.context + 1)
-    tokens = torch.randint(config.model.vocab_size, (windows,))
-    return Subject(name, config, weights, tokens, f"fresh weights, random tokens, seed {seed}")
-
-
-def check(what: Subject, *, steps: int, backend: str, dtype: torch.dtype, seed: int) -> list[Row]:
-    """Every row of the comparison."""
-    models = Models.of(what.weights, backend)
-    batches = [
-        random_batch(what.tokens, what.config.train.batch, what.config.model.context, seed, i)
-        for i in range(max(steps, BATCHES))
-    ]
-    rows = compare_outcomes(models, batches[:BATCHES], dtype, seed)
+def compare_all(
+    what: Subject,
+    *,
+    steps: int,
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    runs: int = RUNS,
+    tokens: int = TOKENS,
+    choose: Choice = as_it_is,
+) -> Result:
+    """Every level, from the operators to the generated text; the training is left out where there are no steps."""
+    models = Models.of(what.weights, backend, choose)
+    batches = what.batches(max(steps, BATCHES), seed)
+    few = batches[:BATCHES]
+    result = Result(list(compare_operators(models, few, dtype, seed).values()))
+    result.rows += compare_blocks(models, few, dtype, seed)
+    result.rows += compare_outcomes(models, few, dtype, seed)
+    result.rows.append(compare_step(models, few[0], dtype, what.config, seed, result.rows))
     if steps:
-        rows.append(compare_training(models, batches[:steps], dtype, what.config, seed))
-    return rows
+        result.band = measure_band(models, batches[:steps], dtype, what.config, seed, runs)
+        result.rows.append(result.band.row)
+    prompt = what.tokens[: min(PROMPT, what.config.model.context)]
+    result.rows.append(compare_tokens(models, prompt, tokens, dtype, result.rows))
+    return result
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments of `check`."""
+def make_parser() -> Parser:
+    """The parser of `check`."""
     parser = Parser(
         prog="gptkernels check",
-        usage="gptkernels check [PRESET | RUN] [key=value ...] [options]",
-        description="Is the fast model the same function as the reference? Logits, loss, every gradient and some training"
-        " steps are compared; the fast model may err twice as much against float64 as plain PyTorch does.",
+        usage="gptkernels check [PRESET | RUN | FILE] [key=value ...] [options]",
+        description="Is the fast model the same function as the reference? Operators, blocks, logits, loss, every gradient, an"
+        " optimizer step, training and greedy text are compared; the fast model may err twice (in gradients three times) as"
+        " much against float64 as plain PyTorch does.",
         epilog="exit status: 0 the same function, 1 another one, 2 it could not be checked",
     )
     parser.add_argument(
-        "words", nargs="*", help="a preset with settings as in train, or a run folder (shakespeare-cpu)"
+        "words",
+        nargs="*",
+        help="a preset with settings as in train, a run folder, or a state_dict file, .safetensors or torch.save's"
+        " (shakespeare-cpu)",
     )
     parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default 20)")
     parser.add_argument("--backend", default="auto", help="backend of the fast model (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast over fp32 weights")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and dropout (default 0)")
-    parser.add_argument("--all", action="store_true", help="show every gradient, not only the worst")
+    parser.add_argument("--band", type=int, default=RUNS, metavar="K", help=f"nudged reference runs (default {RUNS})")
+    parser.add_argument("--all", action="store_true", help="show every row, not only the worst of each level")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of `check`."""
+    parser = make_parser()
     args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option
     if unknown := [word for word in later if word.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
@@ -182,9 +116,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.overrides = [word for word in words if "=" in word]
     names = [word for word in words if "=" not in word] or ["shakespeare-cpu"]
     if len(names) > 1:
-        parser.error(f"one preset or run, got {' and '.join(names)}")
+        parser.error(f"one preset, run or file, got {' and '.join(names)}")
     if args.steps < 0:
         parser.error(f"--steps must not be negative, got {args.steps}")
+    if args.band < 1:
+        parser.error(f"--band must be at least 1, got {args.band}")
     args.name = names[0]
     return args
 
@@ -196,9 +132,12 @@ def main(argv: list[str]) -> int:
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
-    rows = check(what, steps=args.steps, backend=args.backend, dtype=dtype, seed=args.seed)
-    print(table(rows, show_all=args.all))
-    print(f"\n{sentence(rows)}")
+    result = compare_all(what, steps=args.steps, backend=args.backend, dtype=dtype, seed=args.seed, runs=args.band)
+    print(table(result.rows, show_all=args.all))
+    if result.band:
+        print(f"\n{result.band.sentence()}")
+    print(f"\n{sentence(result.rows)}")
     settings = {name: getattr(args, name) for name in ("name", "overrides", "dtype", "backend", "seed", "steps")}
-    print(json_line(rows, settings | {"backends": backends, "data": what.description}))
-    return 0 if all(row.passed for row in rows) else 1
+    figures = {"backends": backends, "data": what.description, "band": result.band and result.band.figures()}
+    print(json_line(result.rows, settings | figures))
+    return 0 if result.passed else 1

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
+# A gradient is a product of recomputed factors where autograd has kept them, each rounded once more: one error more.
+FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+# What is compared, in the order of the table: from the smallest part to the whole.
+LEVELS = ("operator", "block", "logits", "loss", "gradient", "step", "training", "tokens")
 
 
 def allowed_error(reference_error: float, oracle_magnitude: float, dtype: torch.dtype, factor: float = FACTOR) -> float:
@@ -35,18 +39,28 @@ def allowed_error(reference_error: float, oracle_magnitude: float, dtype: torch.
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity: the largest errors of ours and of plain PyTorch against float64, and what ours may be."""
+    """One quantity: the largest errors of ours and of plain PyTorch against float64, and what ours may be.
+
+    rms and reference_rms are the root mean squares of the same errors; ulp is the median distance of ours from float64,
+    in units in the last place of each element (a median: where a sum cancels, its last place is worth nothing);
+    repeats is whether a second run gave the same bits, None where there was none.
+    """
 
     quantity: str
     error: float
     reference_error: float
     magnitude: float
     allowed: float
+    level: str = ""
+    rms: float = 0.0
+    reference_rms: float = 0.0
+    ulp: float = 0.0
+    repeats: bool | None = None
 
     @property
     def passed(self) -> bool:
         """False for NaN too, on whichever side it is."""
-        return self.error <= self.allowed
+        return self.error <= self.allowed and self.repeats is not False
 
     @property
     def ratio(self) -> float:
@@ -55,34 +69,92 @@ class Row:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.reference_error
 
+    @property
+    def share(self) -> float:
+        """How much of what is allowed the error takes: above 1 it is too much; infinite for NaN."""
+        if not (math.isfinite(self.error) and math.isfinite(self.allowed)):
+            return math.inf
+        if self.allowed == 0:
+            return 0.0 if self.error == 0 else math.inf
+        return self.error / self.allowed
+
     def figures(self) -> dict[str, object]:
         """For JSON, which knows neither NaN nor infinity: those become null."""
-        numbers = {name: getattr(self, name) for name in ("error", "reference_error", "magnitude", "allowed", "ratio")}
+        names = ("error", "reference_error", "magnitude", "allowed", "ratio", "rms", "reference_rms", "ulp")
+        numbers = {name: getattr(self, name) for name in names}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return {"quantity": self.quantity, **finite, "passed": self.passed}
+        words = {"level": self.level, "quantity": self.quantity}
+        return {**words, **finite, "repeats": self.repeats, "passed": self.passed}
 
 
 def compare(
-    quantity: str, ours: Tensor, plain: Tensor, oracle: Tensor, *, dtype: torch.dtype, factor: float = FACTOR
+    quantity: str,
+    ours: Tensor,
+    plain: Tensor,
+    oracle: Tensor,
+    *,
+    dtype: torch.dtype,
+    factor: float = FACTOR,
+    level: str = "",
+    again: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Row:
-    """The row of one tensor in three versions: ours, plain PyTorch in the same dtype, and the float64 oracle."""
+    """The row of one tensor in three versions: ours, plain PyTorch in the same dtype, and the float64 oracle.
+
+    again is what ours gave a second time. allowed is the largest error of each element, where another rule than
+    allowed_error's holds: the row then says how much the error may be if the element nearest to its limit sets it.
+    """
     if not ours.shape == plain.shape == oracle.shape:
         raise ValueError(f"{quantity}: shapes {tuple(ours.shape)}, {tuple(plain.shape)} and {tuple(oracle.shape)}")
     if oracle.numel() == 0:
-        return Row(quantity, 0.0, 0.0, 0.0, 0.0)
-    error = (ours.double() - oracle).abs().max().item()
-    reference_error = (plain.double() - oracle).abs().max().item()
-    magnitude = oracle.abs().max().item()
-    return Row(quantity, error, reference_error, magnitude, allowed_error(reference_error, magnitude, dtype, factor))
-
-
-def pooled(rows: Sequence[Row], dtype: torch.dtype) -> Row:
-    """One quantity over several batches: the largest of each number, under the same rule."""
-    error, reference_error, magnitude = (
-        largest(getattr(row, name) for row in rows) for name in ("error", "reference_error", "magnitude")
+        return Row(quantity, 0.0, 0.0, 0.0, 0.0, level)
+    off, plain_off = (ours.double() - oracle).abs(), (plain.double() - oracle).abs()
+    error, reference_error, magnitude = off.max().item(), plain_off.max().item(), oracle.abs().max().item()
+    if allowed is None:
+        limit = allowed_error(reference_error, magnitude, dtype, factor)
+    else:
+        share = torch.where(off == 0, 0.0, off / allowed).max().item()
+        limit = error / share if share else allowed.max().item()
+    return Row(
+        quantity,
+        error,
+        reference_error,
+        magnitude,
+        limit,
+        level,
+        rms=off.square().mean().sqrt().item(),
+        reference_rms=plain_off.square().mean().sqrt().item(),
+        ulp=(off / last_place(oracle, dtype)).median().item(),
+        repeats=None if again is None else torch.equal(ours, again),
     )
-    allowed = allowed_error(reference_error, magnitude, dtype)
-    return Row(rows[0].quantity, error, reference_error, magnitude, allowed)
+
+
+def last_place(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbouring numbers of `dtype` at each element of x, in float64; below the normal ones, theirs."""
+    limits = torch.finfo(dtype)
+    _, exponent = torch.frexp(x.abs().clamp(min=limits.tiny))  # x = m 2^exponent with m in [1/2, 1)
+    return torch.ldexp(torch.full_like(x, limits.eps / 2), exponent)
+
+
+def pooled(rows: Sequence[Row], dtype: torch.dtype, factor: float = FACTOR) -> Row:
+    """One quantity over several batches: the largest of each number, under the same rule."""
+    error, reference_error, magnitude, rms, reference_rms, ulp = (
+        largest(getattr(row, name) for row in rows)
+        for name in ("error", "reference_error", "magnitude", "rms", "reference_rms", "ulp")
+    )
+    allowed = allowed_error(reference_error, magnitude, dtype, factor)
+    known = [row.repeats for row in rows if row.repeats is not None]
+    return replace(
+        rows[0],
+        error=error,
+        reference_error=reference_error,
+        magnitude=magnitude,
+        allowed=allowed,
+        rms=rms,
+        reference_rms=reference_rms,
+        ulp=ulp,
+        repeats=all(known) if known else None,
+    )
 
 
 def largest(values: Iterable[float]) -> float:

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from model import cli, equivalence, fast
+from model import cli, equivalence_subject, fast
 from model.config import resolve
 from model.equivalence_report import table
-from model.equivalence_rule import Row, allowed_error, compare, pooled
+from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_place, pooled
+from model.equivalence_sites import forward_sites
 from model.train import train
 
-QUICK = ["tiny", "n_layer=1", "n_embd=16", "batch=4", "--steps", "3"]
+QUICK = ["tiny", "n_layer=1", "n_embd=16", "batch=4", "--steps", "3", "--band", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +30,25 @@ def check(capsys, *arguments):
 
 
 def test_the_fast_model_passes(capsys):
-    status, result, lines = check(capsys, "tiny", "--steps", "5")
+    status, result, lines = check(capsys, "tiny", "--steps", "5", "--band", "3")
     assert status == 0 and result["passed"] is True and all(row["passed"] for row in result["rows"])
-    names = [row["quantity"] for row in result["rows"]]
-    assert names[:2] == ["logits", "loss"] and names[-1] == "losses of 5 steps" and len(names) == len(set(names))
-    gradients = {
-        f"grad {name}" for name, _ in equivalence.GPT(resolve("tiny", ["vocab_size=5"])[0].model).named_parameters()
+    assert list(dict.fromkeys(row["level"] for row in result["rows"])) == list(LEVELS)
+    names = {level: [row["quantity"] for row in result["rows"] if row["level"] == level] for level in LEVELS}
+    assert names["training"] == ["losses of 5 steps"] and names["tokens"] == ["48 greedy tokens"]
+    model = equivalence_subject.GPT(resolve("tiny", ["vocab_size=5"])[0].model)
+    assert set(names["gradient"]) == {f"grad {name}" for name, _ in model.named_parameters()}
+    assert len(names["block"]) == 4
+    assert {name.partition(":")[0] for name in names["operator"]} == {
+        f"{site.name} {site.operator}" for site in forward_sites(model.config)
     }
-    assert set(names[2:-1]) == gradients
     # float32 errs: rows of zeros would mean that nothing was compared.
-    assert all(row["reference_error"] > 0 and row["magnitude"] > 0 for row in result["rows"])
-    assert "The fast model computes the reference's function: all 31 quantities" in "\n".join(lines)
+    compared = [row for row in result["rows"] if row["level"] != "tokens"]
+    assert all(row["reference_error"] > 0 and row["magnitude"] > 0 and row["reference_rms"] > 0 for row in compared)
+    assert all(row["repeats"] is True for row in result["rows"])
+    assert len(result["band"]["ours"]) == 5 and len(result["band"]["nudged"]) == 3
+    text = "\n".join(lines)
+    assert f"computes the reference's function: all {len(result['rows'])} quantities" in text
+    assert "Is this drift normal? Yes: over 5 steps" in text
 
 
 @pytest.mark.parametrize(
@@ -109,7 +118,9 @@ def test_a_fault_in_the_backward_alone_fails_in_gradients_and_training(capsys, m
     monkeypatch.setattr(fast, "linear_cross_entropy", wrong)
     _, result, _ = check(capsys, *QUICK)
     passed = {row["quantity"]: row["passed"] for row in result["rows"]}
-    assert passed["logits"] and passed["loss"] and not passed["losses of 3 steps"]
+    assert passed["logits"] and passed["loss"] and passed["block 0 output"] and not passed["losses of 3 steps"]
+    assert passed["loss linear_cross_entropy: output"] and not passed["loss linear_cross_entropy: grad of x"]
+    assert not passed["weights after one step"]
     assert not passed["grad transformer.h.0.mlp.c_fc.weight"] and not passed["grad transformer.wpe.weight"]
 
 
@@ -128,8 +139,9 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
     "arguments,message",
     [
         (["nope"], "no preset 'nope'"),
-        (["tiny", "shakespeare-cpu"], "one preset or run, got tiny and shakespeare-cpu"),
+        (["tiny", "shakespeare-cpu"], "one preset, run or file, got tiny and shakespeare-cpu"),
         (["tiny", "--steps", "-1"], "--steps must not be negative"),
+        (["tiny", "--band", "0"], "--band must be at least 1"),
         (["tiny", "--backend", "magic"], "backend must be auto or one of"),
         (["tiny", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["tiny", "--frobnicate"], "unknown option --frobnicate"),
@@ -170,7 +182,38 @@ def test_pooling_takes_the_largest_and_keeps_nan():
 
 
 def test_the_table_shows_every_failure_and_json_knows_no_nan():
-    rows = [Row(f"grad {i}", 0.1, 1.0, 1.0, 2.0) for i in range(20)] + [Row("grad bad", math.nan, 1.0, 1.0, 2.0)]
+    rows = [Row(f"grad {i}", 0.1, 1.0, 1.0, 2.0, "gradient") for i in range(20)]
+    rows.append(Row("grad bad", math.nan, 1.0, 1.0, 2.0, "gradient"))
     text = table(rows)
-    assert "grad bad" in text and "and 12 more gradients" in text and "more" not in table(rows, show_all=True)
+    assert "grad bad" in text and "and 15 more" in text and "more" not in table(rows, show_all=True)
     assert rows[-1].figures()["error"] is None
+
+
+def test_a_second_run_with_other_bits_fails():
+    oracle = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    ours = oracle.float()
+    assert compare("x", ours, ours, oracle, dtype=torch.float32, again=ours.clone()).passed
+    row = compare("x", ours, ours, oracle, dtype=torch.float32, again=ours + 1e-6)
+    assert row.repeats is False and not row.passed and row.error <= row.allowed
+    assert pooled([row, row], torch.float32).repeats is False
+
+
+def test_units_in_the_last_place():
+    x = torch.tensor([1.0, 1.5, 2.0, 0.75, -3.0, 0.0], dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16):
+        for value, place in zip(x[:-1].tolist(), last_place(x, dtype)[:-1].tolist(), strict=True):
+            value = torch.tensor(abs(value), dtype=dtype)
+            assert place == float(torch.nextafter(value, value * 2)) - float(value)
+    assert compare("x", (x + 3 * last_place(x, torch.float32)).float(), x, x, dtype=torch.float32).ulp == 3.0
+
+
+def test_elements_may_have_limits_of_their_own():
+    exact = torch.zeros(2, dtype=torch.float64)
+    limits = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    assert (
+        compare("x", exact + torch.tensor([0.5, 0.005]), exact, exact, dtype=torch.float32, allowed=limits).share == 0.5
+    )
+    row = compare("x", exact + torch.tensor([0.5, 0.02]), exact, exact, dtype=torch.float32, allowed=limits)
+    assert row.share == pytest.approx(2.0) and not row.passed and row.error == 0.5
+    assert compare("x", exact, exact, exact, dtype=torch.float32, allowed=limits).passed
+    assert not compare("x", exact * math.nan, exact, exact, dtype=torch.float32, allowed=limits).passed

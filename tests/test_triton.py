@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheels for this platform")
 
 from gptkernels import layer_norm
-from model.equivalence import check, subject
+from model.equivalence import compare_all
+from model.equivalence_subject import subject
 from model.fast import FastGPT
 from model.generate import generate
 
@@ -15,10 +16,10 @@ SMALL = ("n_layer=1", "n_embd=16", "n_head=2", "context=8", "batch=2", "vocab_si
 
 @pytest.mark.parametrize("overrides", [(), ("dropout=0.2",), ("bias=off", "act=gelu", "pos=none")])
 def test_the_model_is_the_references_function(overrides):
-    """Logits, loss, every gradient, and the losses of five training steps."""
+    """Every level of check, with two training steps and four tokens of text."""
     what = subject("tiny", [*SMALL, *overrides], seed=0)
-    rows = check(what, steps=5, backend="triton", dtype=torch.float32, seed=0)
-    assert len(rows) > 10 and [row.quantity for row in rows if not row.passed] == []
+    result = compare_all(what, steps=2, backend="triton", dtype=torch.float32, seed=0, runs=2, tokens=4)
+    assert len(result.rows) > 30 and [row.quantity for row in result.rows if not row.passed] == []
 
 
 def test_it_writes_the_same_text():

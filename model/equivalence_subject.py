@@ -1,0 +1,97 @@
+"""What `check` looks at: a configuration, weights and tokens, from a preset, a run folder or a state_dict file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import holds_run, load_model
+from model.config import Config, resolve
+from model.data import load_dataset, random_batch
+from model.equivalence_sites import Choice, as_it_is
+from model.fast import FastGPT
+from model.reference import GPT
+from model.weights_file import load_weights
+
+# A preset does not know the vocabulary of its text; tiny Shakespeare's is this.
+CHARACTERS = 65
+# As wide as the initial weights: at the initial values themselves, zero and one, a bias or gain that is left out
+# would change nothing.
+JITTER = 0.02
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: a configuration, a model with its weights, the tokens, and words for all of that."""
+
+    name: str
+    config: Config
+    weights: GPT
+    tokens: Tensor
+    description: str
+
+    def batches(self, count: int, seed: int) -> list[Batch]:
+        """That many batches of the configuration's size."""
+        size = (self.config.train.batch, self.config.model.context)
+        return [random_batch(self.tokens, *size, seed, i) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three versions of one model: equal weights, no shared tensors, so that each can be trained by itself.
+
+    choose may put other functions at the fast model's operator calls.
+    """
+
+    ours: FastGPT
+    plain: GPT
+    oracle: GPT
+    choose: Choice = as_it_is
+
+    @classmethod
+    def of(cls, weights: GPT, backend: str, choose: Choice = as_it_is) -> Models:
+        """Around copies of a reference's weights, all in train mode."""
+        plain, shared = copy.deepcopy(weights).train(), copy.deepcopy(weights).train()
+        ours = FastGPT.from_reference(shared, backend=backend).train()
+        return cls(ours, plain, copy.deepcopy(weights).double().train(), choose)
+
+
+def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
+    """A run's trained model on its text; a state_dict's, or a preset's fresh one, on random tokens."""
+    path = Path(name)
+    if holds_run(path):
+        if overrides:
+            raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
+        model, tokenizer, config = load_model(name)
+        weights = model.to_reference() if isinstance(model, FastGPT) else model
+        dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
+        return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
+    if path.is_file() and path.suffix != ".toml":
+        weights, config = load_weights(path, overrides)
+        m = config.model
+        what = (
+            f"weights of the file ({m.n_layer} layers, {m.n_head} heads, width {m.n_embd}), random tokens, seed {seed}"
+        )
+        return Subject(name, config, weights, random_tokens(config, seed), f"{what}, {m.context} at once")
+    config, _ = resolve(name, list(overrides))
+    if not config.model.vocab_size:
+        config = replace(config, model=replace(config.model, vocab_size=CHARACTERS))
+    torch.manual_seed(seed)
+    weights = GPT(config.model)
+    with torch.no_grad():
+        for p in weights.parameters():
+            p.add_(JITTER * torch.randn_like(p))
+    return Subject(name, config, weights, random_tokens(config, seed), f"fresh weights, random tokens, seed {seed}")
+
+
+def random_tokens(config: Config, seed: int) -> Tensor:
+    """A text of no sense, long enough for different batches."""
+    count = 4 * config.train.batch * (config.model.context + 1)
+    return torch.randint(config.model.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
