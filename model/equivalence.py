@@ -9,6 +9,7 @@ model may be wrong by is set by what plain PyTorch is wrong by in the same dtype
     equivalence_operators  each operator and each block alone
     equivalence_levels     the whole model: logits, loss, gradients, an optimizer step, greedy text
     equivalence_band       training: is this drift normal?
+    equivalence_run        all of these, one after the other
     equivalence_bisect     --bisect: the first operator, layer and step where the two part
     equivalence_faults     known bugs, and equivalence_sabotage: --sabotage, the proof that check catches them
     equivalence_report     the table, the closing sentence, the JSON line
@@ -18,67 +19,22 @@ model may be wrong by is set by what plain PyTorch is wrong by in the same dtype
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import json
 
 import torch
 
-from model.equivalence_band import RUNS, Band, measure_band
-from model.equivalence_levels import compare_outcomes, compare_step, compare_tokens
-from model.equivalence_operators import compare_blocks, compare_operators
+from model.equivalence_band import RUNS
+from model.equivalence_bisect import bisect
 from model.equivalence_report import json_line, sentence, table
-from model.equivalence_rule import Row
-from model.equivalence_sites import Choice, as_it_is
-from model.equivalence_subject import Models, Subject, subject
+from model.equivalence_run import compare_all
+from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
+from model.equivalence_subject import subject
 from model.fast import FastGPT
 from model.report import describe_backends
 from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Three batches, so that a quantity of one number (the loss) is not judged by the luck of one rounding.
-BATCHES = 3
-# Greedy text to compare, after a prompt of so many tokens.
-TOKENS, PROMPT = 48, 8
-
-
-@dataclass
-class Result:
-    """Every row of a comparison, and the training curves where there were steps."""
-
-    rows: list[Row] = field(default_factory=list)
-    band: Band | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the fast model is the reference's function."""
-        return all(row.passed for row in self.rows)
-
-
-def compare_all(
-    what: Subject,
-    *,
-    steps: int,
-    backend: str,
-    dtype: torch.dtype,
-    seed: int,
-    runs: int = RUNS,
-    tokens: int = TOKENS,
-    choose: Choice = as_it_is,
-) -> Result:
-    """Every level, from the operators to the generated text; the training is left out where there are no steps."""
-    models = Models.of(what.weights, backend, choose)
-    batches = what.batches(max(steps, BATCHES), seed)
-    few = batches[:BATCHES]
-    result = Result(list(compare_operators(models, few, dtype, seed).values()))
-    result.rows += compare_blocks(models, few, dtype, seed)
-    result.rows += compare_outcomes(models, few, dtype, seed)
-    result.rows.append(compare_step(models, few[0], dtype, what.config, seed, result.rows))
-    if steps:
-        result.band = measure_band(models, batches[:steps], dtype, what.config, seed, runs)
-        result.rows.append(result.band.row)
-    prompt = what.tokens[: min(PROMPT, what.config.model.context)]
-    result.rows.append(compare_tokens(models, prompt, tokens, dtype, result.rows))
-    return result
+DEFAULT = "shakespeare-cpu"
 
 
 def make_parser() -> Parser:
@@ -102,6 +58,12 @@ def make_parser() -> Parser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast over fp32 weights")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and dropout (default 0)")
     parser.add_argument("--band", type=int, default=RUNS, metavar="K", help=f"nudged reference runs (default {RUNS})")
+    parser.add_argument(
+        "--bisect", action="store_true", help="name the first step, layer and operator where the two part"
+    )
+    parser.add_argument(
+        "--sabotage", action="store_true", help="plant known bugs in a small model: does check catch every one?"
+    )
     parser.add_argument("--all", action="store_true", help="show every row, not only the worst of each level")
     return parser
 
@@ -114,30 +76,57 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unknown option {unknown[0]}")
     words = [*args.words, *later]
     args.overrides = [word for word in words if "=" in word]
-    names = [word for word in words if "=" not in word] or ["shakespeare-cpu"]
+    names = [word for word in words if "=" not in word]
     if len(names) > 1:
         parser.error(f"one preset, run or file, got {' and '.join(names)}")
     if args.steps < 0:
         parser.error(f"--steps must not be negative, got {args.steps}")
     if args.band < 1:
         parser.error(f"--band must be at least 1, got {args.band}")
-    args.name = names[0]
+    if args.sabotage and (words or args.bisect or args.dtype != "fp32"):
+        parser.error("--sabotage has its own model, in fp32, and bisects each bug: it goes with --backend alone")
+    args.name = names[0] if names else DEFAULT
     return args
 
 
 def main(argv: list[str]) -> int:
-    """`gptkernels check`: a table, a sentence, and one line of JSON; 1 if any row fails."""
+    """`gptkernels check`: a table, a sentence, and one line of JSON; 1 if the fast model is another function."""
     args = parse(argv)
+    return sabotage(args.backend) if args.sabotage else compare_and_show(args)
+
+
+def compare_and_show(args: argparse.Namespace) -> int:
+    """The comparison of the arguments, printed."""
     what, dtype = subject(args.name, args.overrides, args.seed), DTYPES[args.dtype]
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
-    result = compare_all(what, steps=args.steps, backend=args.backend, dtype=dtype, seed=args.seed, runs=args.band)
+    options = {"backend": args.backend, "dtype": dtype, "seed": args.seed}
+    result = compare_all(what, steps=args.steps, runs=args.band, **options)
     print(table(result.rows, show_all=args.all))
     if result.band:
         print(f"\n{result.band.sentence()}")
+    found = bisect(what, args.steps, **options) if args.bisect else None
+    if found:
+        print(f"\n{found.table()}\n\n{found.sentence()}")
     print(f"\n{sentence(result.rows)}")
     settings = {name: getattr(args, name) for name in ("name", "overrides", "dtype", "backend", "seed", "steps")}
-    figures = {"backends": backends, "data": what.description, "band": result.band and result.band.figures()}
+    figures = {
+        "backends": backends,
+        "data": what.description,
+        "band": result.band and result.band.figures(),
+        "bisect": found and found.figures(),
+    }
     print(json_line(result.rows, settings | figures))
-    return 0 if result.passed else 1
+    return 0 if result.passed and not (found and found.parted) else 1
+
+
+def sabotage(backend: str) -> int:
+    """Plant every known bug; 1 if one escapes, or if the model without any does not pass."""
+    print("check --sabotage: known bugs, one at a time, in one operator call of a small model\n", flush=True)
+    done = list(trials(backend))
+    print(f"{sabotage_table(done)}\n\n{sabotage_sentence(done)}")
+    passed = all(one.passed for one in done)
+    result = {"command": "check", "sabotage": [one.figures() for one in done], "backend": backend, "passed": passed}
+    print(json.dumps(result, allow_nan=False))
+    return 0 if passed else 1

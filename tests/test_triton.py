@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheels for this platform")
 
 from gptkernels import layer_norm
-from model.equivalence import compare_all
+from model.equivalence_run import compare_all
 from model.equivalence_subject import subject
 from model.fast import FastGPT
 from model.generate import generate
