@@ -20,17 +20,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from model.equivalence_band import RUNS
+from model.equivalence_bisect import HEADER as SWAPS
 from model.equivalence_bisect import bisect
-from model.equivalence_report import json_line, sentence, table
+from model.equivalence_page import check_page
+from model.equivalence_report import aligned, json_line, sentence, table
 from model.equivalence_run import compare_all
 from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
-from model.equivalence_subject import subject
+from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
-from model.report import describe_backends
+from model.files import write_text
+from model.report import describe_backends, processor_name
 from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,6 +71,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--sabotage", action="store_true", help="plant known bugs in a small model: does check catch every one?"
     )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with pictures and tables too (.html)")
     parser.add_argument("--all", action="store_true", help="show every row, not only the worst of each level")
     return parser
 
@@ -83,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--steps must not be negative, got {args.steps}")
     if args.band < 1:
         parser.error(f"--band must be at least 1, got {args.band}")
-    if args.sabotage and (words or args.bisect or args.dtype != "fp32"):
+    if args.sabotage and (words or args.bisect or args.report or args.dtype != "fp32"):
         parser.error("--sabotage has its own model, in fp32, and bisects each bug: it goes with --backend alone")
     args.name = names[0] if names else DEFAULT
     return args
@@ -101,6 +109,8 @@ def compare_and_show(args: argparse.Namespace) -> int:
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
+    if args.report:  # what cannot be written is said before the work
+        args.report.parent.mkdir(parents=True, exist_ok=True)
     options = {"backend": args.backend, "dtype": dtype, "seed": args.seed}
     result = compare_all(what, steps=args.steps, runs=args.band, **options)
     print(table(result.rows, show_all=args.all))
@@ -108,8 +118,11 @@ def compare_and_show(args: argparse.Namespace) -> int:
         print(f"\n{result.band.sentence()}")
     found = bisect(what, args.steps, **options) if args.bisect else None
     if found:
-        print(f"\n{found.table()}\n\n{found.sentence()}")
+        print(f"\n{aligned([SWAPS, *found.cells()], words=2)}\n\n{found.sentence()}")
     print(f"\n{sentence(result.rows)}")
+    if args.report:
+        write_text(args.report, check_page(f"Is it equal? {what.name}", result, about(args, what, backends), found))
+        print(f"the report: {args.report}")
     settings = {name: getattr(args, name) for name in ("name", "overrides", "dtype", "backend", "seed", "steps")}
     figures = {
         "backends": backends,
@@ -119,6 +132,20 @@ def compare_and_show(args: argparse.Namespace) -> int:
     }
     print(json_line(result.rows, settings | figures))
     return 0 if result.passed and not (found and found.parted) else 1
+
+
+def about(args: argparse.Namespace, what: Subject, backends: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a page says of the comparison: what was compared, with what, where and how to repeat it."""
+    m, threads = what.config.model, torch.get_num_threads()
+    size = f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, {what.config.train.batch} x {m.context} tokens"
+    command = ["gptkernels", "check", args.name, *args.overrides, "--dtype", args.dtype, "--backend", args.backend]
+    return [
+        ("model", f"{size}; {what.description}"),
+        ("arithmetic", f"{args.dtype}; {describe_backends(backends)}"),
+        ("machine", f"{processor_name()}, {threads} thread{'s' * (threads != 1)}, torch {torch.__version__}"),
+        ("again with", shlex.join([*command, "--steps", str(args.steps), "--seed", str(args.seed)])),
+        ("written", time.strftime("%Y-%m-%d %H:%M")),
+    ]
 
 
 def sabotage(backend: str) -> int:

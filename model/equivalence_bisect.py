@@ -19,12 +19,13 @@ from torch import Tensor
 import gptkernels
 from model.equivalence_levels import compare_outcomes, factor_of, outcome
 from model.equivalence_operators import compare_operators, on_reference
-from model.equivalence_report import aligned
 from model.equivalence_rule import Row, compare
 from model.equivalence_sites import OPERATORS, Choice, Operator, Site, as_it_is, forward_sites
 from model.equivalence_subject import Batch, Models, Subject
 from model.optimize import make_optimizer
 from model.reference import GPT
+
+HEADER = ("taken from the reference", "nearest to its limit", "error", "used", "")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Bisection:
         """Whether anything was found."""
         return self.step is not None
 
-    def table(self) -> str:
-        """The swaps: with which of them the model is within its budget."""
-        lines = [("taken from the reference", "nearest to its limit", "error", "used", "")]
+    def cells(self) -> list[tuple[str, ...]]:
+        """The swaps as words: with which of them the model is within its budget."""
+        lines: list[tuple[str, ...]] = []
         for swap in self.swaps:
             worst = swap.worst
             verdict = "ok" if worst.passed else "FAILED"
             lines.append((swap.what, worst.quantity, f"{worst.error:.1e}", f"{100 * worst.share:.0f} %", verdict))
-        return aligned(lines, words=2)
+        return lines
 
     def sentence(self) -> str:
         """The finding in plain words."""
