@@ -180,13 +180,15 @@ def build_command() -> type:
         def build_extensions(self) -> None:
             self.report: dict[str, str] = {}
             super().build_extensions()
-            path = Path(self.build_lib) / "gptkernels" / "_build.json"
+            self.write_report(Path(self.build_lib))
+
+        def write_report(self, folder: Path) -> None:
+            path = folder / "gptkernels" / "_build.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.report, indent=2) + "\n")
-            if self.inplace or self.editable_mode:
-                (ROOT / "gptkernels" / "_build.json").write_text(path.read_text())
 
         def copy_extensions_to_source(self) -> None:
+            self.write_report(ROOT)
             self.extensions = [ext for ext in self.extensions if self.report[ext.name] == "built"]
             super().copy_extensions_to_source()
 
