@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 from model.config import resolve
+from model.files import write_text
 from model.report import duration
 
 PRESET = "shakespeare-cpu"
@@ -16,9 +19,13 @@ def heading(text: str) -> None:
 
 
 def demo(steps: int, out: str) -> int:
-    """Train the preset on Shakespeare, compare the fast model with the reference, measure both; 0 when all went well."""
+    """Train the preset on Shakespeare, compare the fast model with the reference, measure both; 0 when all went well.
+
+    Ends with the path of a page that shows all of it.
+    """
     from benchmarks.cli import main as bench
-    from model.equivalence import main as check
+    from model.demo_page import demo_page
+    from model.equivalence import compare_and_show, parse
     from model.train import train
 
     began = time.perf_counter()
@@ -29,14 +36,19 @@ def demo(steps: int, out: str) -> int:
     result = train(config, label="demo")
     if result["interrupted"]:
         return 130
-    heading("check: the fast model against the reference, both against float64")
-    checked = check([PRESET])
+    folder = Path(result["run"])
+    heading("check: the trained model on our kernels against the reference, both against float64")
+    checked = compare_and_show(parse([str(folder)]))
     heading("bench: a training step of the reference, plain PyTorch, torch.compile and the fast model")
-    measured = bench(["train", "--preset", PRESET, "--quick"])
+    figures = folder / "bench.json"
+    measured = bench(["train", "--preset", PRESET, "--quick", "--out", str(figures)])
     heading(f"done in {duration(time.perf_counter() - began)}")
-    print(
-        f"validation loss {result['val_loss']:.4f} after {steps} steps in {duration(result['seconds'])} ({result['data']})"
-    )
-    print(f"check {'passed' if checked == 0 else 'FAILED'}, bench {'ran' if measured == 0 else 'FAILED'}")
-    print(f"the run: {result['run']}, its picture {result['run']}/loss.svg, its text:\n\n{result['sample']}")
-    return checked or measured
+    loss = f"{result['val_loss']:.4f} after {steps} steps in {duration(result['seconds'])}"
+    print(f"validation loss {loss} ({result['data']})")
+    print(f"check {'passed' if checked.passed else 'FAILED'}, bench {'ran' if measured == 0 else 'FAILED'}")
+    print(f"the run: {folder}, its picture {folder}/loss.svg, its text:\n\n{result['sample']}")
+    report = folder / "report.html"
+    figures_of = json.loads(figures.read_text(encoding="utf-8"))
+    write_text(report, demo_page(result, checked.result, checked.about, figures_of))
+    print(f"\nloss, text, equality and speed with pictures, on one page: {report.resolve()}")
+    return measured if checked.passed else 1

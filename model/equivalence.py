@@ -23,16 +23,17 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model.equivalence_band import RUNS
 from model.equivalence_bisect import HEADER as SWAPS
-from model.equivalence_bisect import bisect
+from model.equivalence_bisect import Bisection, bisect
 from model.equivalence_page import check_page
 from model.equivalence_report import aligned, json_line, sentence, table
-from model.equivalence_run import compare_all
+from model.equivalence_run import Result, compare_all
 from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
 from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
@@ -97,31 +98,48 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `check` found, and words about what was compared."""
+
+    result: Result
+    found: Bisection | None
+    about: list[tuple[str, str]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the fast model is the reference's function, at every step that was looked at."""
+        return self.result.passed and not (self.found and self.found.parted)
+
+
 def main(argv: list[str]) -> int:
     """`gptkernels check`: a table, a sentence, and one line of JSON; 1 if the fast model is another function."""
     args = parse(argv)
-    return sabotage(args.backend) if args.sabotage else compare_and_show(args)
+    if args.sabotage:
+        return sabotage(args.backend)
+    return 0 if compare_and_show(args).passed else 1
 
 
-def compare_and_show(args: argparse.Namespace) -> int:
-    """The comparison of the arguments, printed."""
+def compare_and_show(args: argparse.Namespace) -> Comparison:
+    """The comparison of the arguments, printed, and written as a page where one is asked for."""
     what, dtype = subject(args.name, args.overrides, args.seed), DTYPES[args.dtype]
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
     if args.report:  # what cannot be written is said before the work
         args.report.parent.mkdir(parents=True, exist_ok=True)
-    options = {"backend": args.backend, "dtype": dtype, "seed": args.seed}
-    result = compare_all(what, steps=args.steps, runs=args.band, **options)
+    result = compare_all(what, steps=args.steps, runs=args.band, backend=args.backend, dtype=dtype, seed=args.seed)
     print(table(result.rows, show_all=args.all))
     if result.band:
         print(f"\n{result.band.sentence()}")
-    found = bisect(what, args.steps, **options) if args.bisect else None
-    if found:
+    found = None
+    if args.bisect:
+        found = bisect(what, args.steps, backend=args.backend, dtype=dtype, seed=args.seed)
         print(f"\n{aligned([SWAPS, *found.cells()], words=2)}\n\n{found.sentence()}")
     print(f"\n{sentence(result.rows)}")
+    comparison = Comparison(result, found, about(args, what, backends))
     if args.report:
-        write_text(args.report, check_page(f"Is it equal? {what.name}", result, about(args, what, backends), found))
+        write_text(args.report, check_page(f"Is it equal? {what.name}", result, comparison.about, found))
         print(f"the report: {args.report}")
     settings = {name: getattr(args, name) for name in ("name", "overrides", "dtype", "backend", "seed", "steps")}
     figures = {
@@ -131,7 +149,7 @@ def compare_and_show(args: argparse.Namespace) -> int:
         "bisect": found and found.figures(),
     }
     print(json_line(result.rows, settings | figures))
-    return 0 if result.passed and not (found and found.parted) else 1
+    return comparison
 
 
 def about(args: argparse.Namespace, what: Subject, backends: Mapping[str, str]) -> list[tuple[str, str]]:

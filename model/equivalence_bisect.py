@@ -19,6 +19,7 @@ from torch import Tensor
 import gptkernels
 from model.equivalence_levels import compare_outcomes, factor_of, outcome
 from model.equivalence_operators import compare_operators, on_reference
+from model.equivalence_report import used
 from model.equivalence_rule import Row, compare
 from model.equivalence_sites import OPERATORS, Choice, Operator, Site, as_it_is, forward_sites
 from model.equivalence_subject import Batch, Models, Subject
@@ -57,7 +58,7 @@ class Bisection:
         for swap in self.swaps:
             worst = swap.worst
             verdict = "ok" if worst.passed else "FAILED"
-            lines.append((swap.what, worst.quantity, f"{worst.error:.1e}", f"{100 * worst.share:.0f} %", verdict))
+            lines.append((swap.what, worst.quantity, f"{worst.error:.1e}", used(worst), verdict))
         return lines
 
     def sentence(self) -> str:

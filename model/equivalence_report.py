@@ -60,14 +60,19 @@ def cells(row: Row, level: str) -> tuple[str, ...]:
         f"{row.ulp:.1f}",
         repeats,
         f"{row.allowed:.1e}",
-        f"{100 * row.share:.0f} %",
+        used(row),
         "ok" if row.passed else "FAILED",
     )
 
 
+def used(row: Row) -> str:
+    """How much of what is allowed the error takes, in percent; many times as much as a factor."""
+    return f"{100 * row.share:.0f} %" if row.share < 10 else f"{row.share:.2g} x"
+
+
 def quotient(ours: float, plain: float) -> str:
     """A ratio, or a dash where there is nothing to divide by."""
-    return f"{ours / plain:.2f}" if plain else "-"
+    return f"{ours / plain:.{2 if ours < 100 * plain else 0}f}" if plain else "-"
 
 
 def median_ratio(rows: Sequence[Row]) -> float | None:

@@ -46,11 +46,12 @@ svg .bad {{ stroke: var(--bad); }} svg .band {{ fill: var(--band); }}
 svg circle.ours, svg rect.ours {{ fill: var(--ours); }} svg circle.plain {{ fill: var(--plain); }}
 svg circle.bad {{ fill: var(--bad); }} svg circle.other, svg rect.other {{ fill: var(--other); }}
 svg .many {{ fill-opacity: .35; stroke-opacity: .6; }}
-.key::before {{ content: ""; display: inline-block; width: 1.1em; height: .3em; margin-right: .35em; vertical-align: .2em;
+.key::before {{ content: ""; display: inline-block; width: 1.1em; height: .3em; margin-right: .35em; vertical-align: middle;
   background: currentcolor; border-radius: 2px; }}
 .key {{ margin-right: .9em; white-space: nowrap; }}
 .key.ours {{ color: var(--ours); }} .key.plain {{ color: var(--plain); }} .key.limit {{ color: var(--limit); }}
-.key.other {{ color: var(--other); }} .key.band {{ color: var(--band); }} .key span {{ color: var(--text); }}
+.key.other {{ color: var(--other); }} .key.band {{ color: var(--ours); }} .key.band::before {{ height: .8em; opacity: .3; }}
+.key span {{ color: var(--text); }}
 .wide {{ overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .6rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule); }}
@@ -101,6 +102,11 @@ def paragraph(text: str, kind: str = "") -> str:
 def verdict(passed: bool, text: str) -> str:
     """A result in words, in its colour."""
     return paragraph(text, f"verdict {'good' if passed else 'bad'}")
+
+
+def pre(text: str) -> str:
+    """Text as it is, lines kept."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
