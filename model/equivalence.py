@@ -172,6 +172,11 @@ def sabotage(backend: str) -> int:
     done = list(trials(backend))
     print(f"{sabotage_table(done)}\n\n{sabotage_sentence(done)}")
     passed = all(one.passed for one in done)
-    result = {"command": "check --sabotage", "sabotage": [one.figures() for one in done], "backend": backend, "passed": passed}
+    result = {
+        "command": "check --sabotage",
+        "sabotage": [one.figures() for one in done],
+        "backend": backend,
+        "passed": passed,
+    }
     print(json.dumps(result, allow_nan=False))
     return 0 if passed else 1
