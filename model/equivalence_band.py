@@ -12,11 +12,10 @@ The rule. With e_k(t) the distance of reference run k = 0 (not nudged) to K from
 and the fast run must stay within +- (2 s(t) + eps max|loss|) of float64 in every step: the band.
 
 Derivation. It is the error rule of model/equivalence_rule.py with the reference's error taken from K + 1 draws. If the
-fast run strays like one more of them, its distance in a step is the largest of K + 2 equal ones with probability
-1/(K + 2); the largest of 9 normal numbers is 1.5 deviations on the average, so beyond twice that, 3 deviations, an honest
-run comes in 0.3 % of cases, and steps are no independent trials, since a drift stays. Spread is the largest so far
-because drift grows, and a step in which all curves happen to cross would otherwise be no band at all. eps max|loss| is
-the rounding of the loss itself.
+distances are normal and the fast run's is one more of them, the largest of 9 is 1.8 deviations on the average, and the
+tenth lies beyond twice that in 0.6 % of cases (for K = 2 in 7 %); steps are no independent trials, since a drift stays.
+The spread is the largest so far because drift grows, and a step in which all curves happen to cross would otherwise be no
+band at all. eps max|loss| is the rounding of the loss itself, which in float32 is as large as the drift of some steps.
 """
 
 from __future__ import annotations
