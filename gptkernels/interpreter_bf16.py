@@ -102,12 +102,18 @@ def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding: Any) -> Any:
 
 
 def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: int) -> Any:
-    """a @ b + d, 16-bit operands multiplied exactly and summed in float32 as tensor cores do."""
+    """a @ b + d, 16-bit operands multiplied exactly and summed in float32 as tensor cores do.
+
+    Full-precision float32 operands are summed in float64: BLAS would give q k^T and (k q^T)^T different bits, where a
+    GPU's chain of FMAs along k gives the same, and a backward that makes the forward's scores again relies on it.
+    """
     if not a.dtype.scalar.is_floating() or a.dtype.scalar.primitive_bitwidth not in (16, 32):
         return upstream_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
     left, right = (numbers(operand).astype(np.float32, copy=False) for operand in (a, b))
     if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
         left, right = to_tf32(left), to_tf32(right)
+    elif a.dtype.scalar == tl.float32:
+        left, right = left.astype(np.float64), right.astype(np.float64)
     total = np.matmul(left, right) + numbers(d).astype(np.float32, copy=False)
     if is_bf16(d):
         return Handle(narrow(total), tl.bfloat16)

@@ -173,7 +173,7 @@ def backward_plans(
     row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
     if atomics:
         flat, token = strides_of(0, 4)
-        numbers = (*flat, H, T, *token)
+        numbers = (*flat, H, T, scale, *token)
         row_constants = {
             "D": D,
             "WIDTHS": row_tiles["WIDTHS"],
@@ -239,13 +239,17 @@ def backward_into(
 ) -> None:
     """Write dq, dk and dv, of which dk and dv have the same strides."""
     dq, dk, dv = gradients
+    if scale < 0.0:  # as in the forward, whose stats these are
+        backward_into(gradients, dout, -q, k, v, out, stats, -scale, dropout_p, seed, atomics)
+        dq.neg_()
+        return
     dtype, device, shape = q.dtype, q.device, q.shape
     B, H, T, D = shape
     strides = (dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(), dk.stride())
     rows, keys = backward_plans(
         dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype), atomics
     )  # fmt: skip
-    terms = q.new_empty((B, H, 2, T), dtype=torch.float32)
+    terms = q.new_empty((B, H, 3 if dtype == torch.float32 else 2, T), dtype=torch.float32)
     seed = q if seed is None else seed
     if not atomics:
         launch(query_gradient_kernel, rows, device, (dout, q, k, v, out, stats, terms, dq, seed))
@@ -260,7 +264,7 @@ def backward_into(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest score and its sum of exponentials."""
+    """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest q k and its sum of exponentials."""
     B, H, T, D = q.shape
     out = q.new_empty((B, T, H, D))
     return out.transpose(1, 2), forward_into(out, q, k, v, scale, dropout_p, seed)

@@ -15,6 +15,7 @@ from gptkernels.ops.attention.triton_forward import (
     row_offsets,
     scaled,
     store_tile,
+    weights,
     zeros,
 )
 
@@ -29,32 +30,55 @@ def row_products(x, y):
 
 
 @triton.jit
-def row_terms(dout, out, stats_ptr, bh, m, T, BLOCK_M: tl.constexpr):
-    """lse in units of log2, and delta = rowsum(dout * out), of rows m..; both 0 for rows without a key or beyond T."""
+def row_terms(dout, out, stats_ptr, bh, m, T, scale_log2, BLOCK_M: tl.constexpr, EXACT: tl.constexpr):
+    """What weights() takes (without EXACT only lse, in units of log2), and delta = rowsum(dout * out), of rows m..
+
+    All are 0 for rows without a key or beyond T.
+    """
     rows = m + tl.arange(0, BLOCK_M)
     at = stats_ptr + bh.to(tl.int64) * T * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
     row_max, row_sum = tl.split(tl.load(at, mask=(rows < T)[:, None], other=0.0))
-    lse = row_max * LOG2E + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
-    return lse, row_products(dout, out)
+    log_sum = tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))
+    shift = row_max if EXACT else row_max * scale_log2 + log_sum
+    return shift, log_sum, row_products(dout, out)
+
+
+@triton.jit
+def store_terms(terms_ptr, bh, m, T, shift, log_sum, delta, EXACT: tl.constexpr):
+    """Leave the terms of rows m.. for the kernel that owns keys: rows of T numbers a head, log_sum only if EXACT."""
+    rows = m + tl.arange(0, shift.shape[0])
+    terms_ptr += bh.to(tl.int64) * T * (3 if EXACT else 2)
+    tl.store(terms_ptr + rows, shift, mask=rows < T)
+    tl.store(terms_ptr + T + rows, delta, mask=rows < T)
+    if EXACT:
+        tl.store(terms_ptr + 2 * T + rows, log_sum, mask=rows < T)
+
+
+@triton.jit
+def load_term(terms_ptr, rows, T, CHECK_T: tl.constexpr):
+    """One of the terms; beyond T, where q and dout are 0, terms of 0 make the weight 1 and its gradients 0."""
+    if CHECK_T:
+        return tl.load(terms_ptr + rows, mask=rows < T, other=0.0)
+    return tl.load(terms_ptr + rows)
 
 
 @triton.jit
 def query_gradient_keys(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, first, last, m, b, h, S, offset, scale_log2, seed, threshold,
+    dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, first, last, m, b, h, S, offset, scale_log2, seed, threshold,
     keep_scale, stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_S: tl.constexpr,
     DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += dS K over the keys [first, last)."""
     BLOCK_M: tl.constexpr = q[0].shape[0]
+    EXACT: tl.constexpr = q[0].dtype == tl.float32
     k_at = row_offsets(BLOCK_N, stride_kt, INT64)
     v_at = row_offsets(BLOCK_N, stride_vt, INT64)
     for n in range(first, last, BLOCK_N):
         k = load_tile(k_ptr, n, stride_kt, k_at, S, MASKED and CHECK_S, D, WIDTHS)
         v = load_tile(v_ptr, n, stride_vt, v_at, S, MASKED and CHECK_S, D, WIDTHS)
-        p = tl.exp2(
-            inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION) * scale_log2 - lse[:, None]
-        )
+        scores = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION)
+        p = weights(scores, shift[:, None], log_sum[:, None], scale_log2, EXACT)
         dp = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), dout, v, PRECISION)
         if DROPOUT:
             dp = tl.where(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N), dp * keep_scale, 0.0)
@@ -82,9 +106,9 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Causal attention backward, first of two kernels: dq (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
 
-    P = exp2(scale log2(e) q k^T - lse);  delta = rowsum(dout * out);  dS = P * (dout v^T - delta);  dq = scale dS k
+    P = exp2(scale log2(e) q k^T - lse) (in float32 as weights() has it);  delta = rowsum(dout * out);  dS = P * (dout v^T - delta);  dq = scale dS k
     Tiling: a program owns BLOCK_M rows; q and dout wait in shared memory, dq is in registers, k and v stream past. It also
-    leaves lse and delta of its rows for the second kernel, which needs them for rows that it does not own.
+    leaves the terms of its rows for the second kernel, which needs them for rows that it does not own.
     Cost: 3 products a tile, so 3 B H T^2 D flops; reads as the forward.
     Deterministic: the 7 products of both kernels, instead of 5 in one, buy sums with one owner and no fp32 copy of dq.
     """
@@ -101,24 +125,27 @@ def query_gradient_kernel(
 
     out = load_tile(out_ptr, m, stride_ot, row_offsets(BLOCK_M, stride_ot, INT64), T, CHECK_T, D, WIDTHS)
     dout = load_tile(dout_ptr, m, stride_gt, row_offsets(BLOCK_M, stride_gt, INT64), T, CHECK_T, D, WIDTHS)
-    lse, delta = row_terms(dout, out, stats_ptr, bh, m, T, BLOCK_M)
-    rows = m + tl.arange(0, BLOCK_M)
-    terms_ptr += bh.to(tl.int64) * T * 2
-    tl.store(terms_ptr + rows, lse, mask=rows < T)
-    tl.store(terms_ptr + T + rows, delta, mask=rows < T)
+    EXACT: tl.constexpr = dout[0].dtype == tl.float32
+    scale_log2 = scale * LOG2E
+    shift, log_sum, delta = row_terms(dout, out, stats_ptr, bh, m, T, scale_log2, BLOCK_M, EXACT)
+    store_terms(terms_ptr, bh, m, T, shift, log_sum, delta, EXACT)
 
     # A row that sees one key has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
-    lse = tl.where(rows + offset == 0, float("inf"), lse)
+    alone = m + tl.arange(0, BLOCK_M) + offset == 0
+    if EXACT:
+        log_sum = tl.where(alone, float("inf"), log_sum)
+    else:
+        shift = tl.where(alone, float("inf"), shift)
     q = load_tile(q_ptr, m, stride_qt, row_offsets(BLOCK_M, stride_qt, INT64), T, CHECK_T, D, WIDTHS)
     dq = zeros(BLOCK_M, WIDTHS)
     free = tl.maximum(m + offset + 1, 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(m + BLOCK_M + offset, S)
     dq = query_gradient_keys(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, 0, free, m, b, h, S, offset, scale * LOG2E, seed, threshold,
+        dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, 0, free, m, b, h, S, offset, scale_log2, seed, threshold,
         keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, False, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
     dq = query_gradient_keys(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, free, last, m, b, h, S, offset, scale * LOG2E, seed, threshold,
+        dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, free, last, m, b, h, S, offset, scale_log2, seed, threshold,
         keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, True, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
     dq_ptr = head_of(dq_ptr, stride_dqb, stride_dqh, UNIT, b, h)
@@ -135,18 +162,18 @@ def key_gradient_queries(
 ):  # fmt: skip
     """dk += dS^T Q and dv += P^T dout over the queries [first, last); with ATOMICS also dq += dS K."""
     BLOCK_N: tl.constexpr = k[0].shape[0]
+    EXACT: tl.constexpr = k[0].dtype == tl.float32
     q_at = row_offsets(BLOCK_M, stride_qt, INT64)
     dout_at = row_offsets(BLOCK_M, stride_gt, INT64)
     for m in range(first, last, BLOCK_M):
         q = load_tile(q_ptr, m, stride_qt, q_at, T, CHECK_T, D, WIDTHS)
         dout = load_tile(dout_ptr, m, stride_gt, dout_at, T, CHECK_T, D, WIDTHS)
         rows = m + tl.arange(0, BLOCK_M)
-        # Beyond T, where q and dout are 0, the terms 0 make the weight 1 and its gradients 0.
-        lse = tl.load(terms_ptr + rows, mask=rows < T, other=0.0) if CHECK_T else tl.load(terms_ptr + rows)
-        delta = tl.load(terms_ptr + T + rows, mask=rows < T, other=0.0) if CHECK_T else tl.load(terms_ptr + T + rows)
-        p = tl.exp2(
-            inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), k, q, PRECISION) * scale_log2 - lse[None, :]
-        )
+        shift = load_term(terms_ptr, rows, T, CHECK_T)
+        delta = load_term(terms_ptr + T, rows, T, CHECK_T)
+        log_sum = load_term(terms_ptr + 2 * T, rows, T, CHECK_T) if EXACT else shift
+        scores = inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), k, q, PRECISION)
+        p = weights(scores, shift[None, :], log_sum[None, :], scale_log2, EXACT)
         if MASKED:
             row = (m + offset + tl.arange(0, BLOCK_M))[None, :]
             p = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= row, p, 0.0)
@@ -202,7 +229,7 @@ def key_gradient_kernel(
     dout_ptr = head_of(dout_ptr, stride_gb, stride_gh, UNIT, b, h)
     dk_ptr = head_of(dk_ptr, stride_dkb, stride_dkh, UNIT, b, h)
     dv_ptr = head_of(dv_ptr, stride_dkb, stride_dkh, UNIT, b, h)
-    terms_ptr += bh.to(tl.int64) * T * 2
+    terms_ptr += bh.to(tl.int64) * T * (3 if k_ptr.dtype.element_ty == tl.float32 else 2)
     dq_ptr += bh.to(tl.int64) * T * D
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
@@ -230,19 +257,17 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=["stride_gb", "stride_gh", "stride_ob", "stride_oh", "H", "T"])
 def row_terms_kernel(
-    dout_ptr, out_ptr, stats_ptr, terms_ptr, stride_gb, stride_gh, stride_ob, stride_oh, H, T,
+    dout_ptr, out_ptr, stats_ptr, terms_ptr, stride_gb, stride_gh, stride_ob, stride_oh, H, T, scale,
     stride_gt: tl.constexpr, stride_ot: tl.constexpr,
     D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
-    """lse and delta of a block of rows, for the one-pass form, in which no kernel owns rows before they are needed."""
+    """The terms of a block of rows, for the one-pass form, in which no kernel owns rows before they are needed."""
     blocks = tl.cdiv(T, BLOCK_M)
     bh, m = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     out_ptr = head_of(out_ptr, stride_ob, stride_oh, UNIT, bh // H, bh % H)
     dout_ptr = head_of(dout_ptr, stride_gb, stride_gh, UNIT, bh // H, bh % H)
     out = load_tile(out_ptr, m, stride_ot, row_offsets(BLOCK_M, stride_ot, INT64), T, True, D, WIDTHS)
     dout = load_tile(dout_ptr, m, stride_gt, row_offsets(BLOCK_M, stride_gt, INT64), T, True, D, WIDTHS)
-    lse, delta = row_terms(dout, out, stats_ptr, bh, m, T, BLOCK_M)
-    rows = m + tl.arange(0, BLOCK_M)
-    terms_ptr += bh.to(tl.int64) * T * 2
-    tl.store(terms_ptr + rows, lse, mask=rows < T)
-    tl.store(terms_ptr + T + rows, delta, mask=rows < T)
+    EXACT: tl.constexpr = dout[0].dtype == tl.float32
+    shift, log_sum, delta = row_terms(dout, out, stats_ptr, bh, m, T, scale * LOG2E, BLOCK_M, EXACT)
+    store_terms(terms_ptr, bh, m, T, shift, log_sum, delta, EXACT)

@@ -103,6 +103,15 @@ def add_product(acc, weights, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def weights(scores, shift, log_sum, scale_log2, EXACT: tl.constexpr):
+    """exp2(scale_log2 scores - shift), one FMA and one exp2; if EXACT, exp2(scale_log2 (scores - shift) - log_sum).
+
+    Rounding a large scaled score costs digits that only a float32 weight has: there shift is a score, subtracted first.
+    """
+    return tl.exp2((scores - shift) * scale_log2 - log_sum if EXACT else scores * scale_log2 - shift)
+
+
+@triton.jit
 def dropout_keep(seed, threshold, b, h, row, rows: tl.constexpr, col, cols: tl.constexpr):
     """(rows, cols) bool, true where a weight is kept: Philox4x32-10 on the absolute place, four columns a counter.
 
@@ -130,6 +139,7 @@ def forward_keys(
 ):  # fmt: skip
     """Online softmax over the keys [first, last)."""
     BLOCK_M: tl.constexpr = q[0].shape[0]
+    EXACT: tl.constexpr = q[0].dtype == tl.float32
     k_at = row_offsets(BLOCK_N, stride_kt, INT64)
     v_at = row_offsets(BLOCK_N, stride_vt, INT64)
     for n in range(first, last, BLOCK_N):
@@ -140,9 +150,10 @@ def forward_keys(
             scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # The mask can leave a row without any key: there the maximum is -inf, and -inf - -inf must not happen.
-        shift = (tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max) * scale_log2
-        p = tl.exp2(scores * scale_log2 - shift[:, None])
-        alpha = tl.exp2(row_max * scale_log2 - shift)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        shift = shift if EXACT else shift * scale_log2
+        p = weights(scores, shift[:, None], 0.0, scale_log2, EXACT)
+        alpha = weights(row_max, shift, 0.0, scale_log2, EXACT)
         row_sum = row_sum * alpha[:, None] + lane_sums(p)
         if DROPOUT:
             p = tl.where(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N), p, 0.0)
@@ -165,7 +176,7 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """Causal attention forward with online softmax (Dao 2023, arXiv 2307.08691).
 
-    out = dropout(softmax(scale q k^T, causal)) v, and of each row its largest score and its sum of exponentials.
+    out = dropout(softmax(scale q k^T, causal)) v, and of each row its largest q k and its sum of exponentials.
     Tiling: a program owns BLOCK_M rows of a head, the last and longest first; q waits in shared memory, the accumulator of
     BLOCK_M x D is in registers, k and v stream past in tiles of BLOCK_N keys by cp.async. Tiles that the mask leaves
     whole run in a loop without it, tiles on the diagonal in a second one, tiles above it not at all.
@@ -205,6 +216,6 @@ def attention_forward_kernel(
     out_ptr += (b.to(tl.int64) * T * H + h) * D
     store_tile(out_ptr, m, H * D, row_offsets(BLOCK_M, H * D, INT64), T, CHECK_T, D, out)
     rows = m + tl.arange(0, BLOCK_M)
-    stats = tl.join(tl.where(empty, 0.0, row_max * scale), row_sum)
+    stats = tl.join(tl.where(empty, 0.0, row_max), row_sum)
     at = stats_ptr + bh.to(tl.int64) * T * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(at, stats, mask=(rows < T)[:, None])
