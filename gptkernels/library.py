@@ -176,4 +176,6 @@ def linear_cross_entropy_forward(
 def linear_cross_entropy_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape), weight.new_empty(weight.shape)
+    # In fp32 whatever the inputs are in: what scales the loss multiplies them before they are rounded.
+    loss = x.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(x.shape), loss.new_empty(weight.shape)

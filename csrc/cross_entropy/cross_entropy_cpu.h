@@ -14,7 +14,7 @@ struct CrossEntropy {
     bool mean;
 };
 
-// Where the gradients go; dweight_sums is fp32 memory (V, C), dweight's own where that is fp32.
+// Where the gradients go; dweight_sums is fp32 memory (V, C).
 struct CrossEntropyGradients {
     Output dx;
     float* dweight_sums;

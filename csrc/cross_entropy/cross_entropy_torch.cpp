@@ -33,14 +33,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_gradients(const Tensor& 
                                                                   const Tensor& targets, int64_t ignore_index,
                                                                   bool mean, int64_t vocab_size) {
     CrossEntropy p = problem(x, weight, targets, ignore_index, mean, vocab_size);
-    Tensor dx = empty_as(x), dweight = empty_as(weight);
-    // Chunks are added up in fp32: a bf16 weight's gradient is rounded once, at the end.
-    bool rounds = is_bf16(weight);
-    Tensor sums = rounds ? empty(weight, sizes_of(weight), ScalarType::Float) : dweight;
-    CrossEntropyGradients gradients{output(dx), sums.mutable_data_ptr<float>()};
+    // Both in fp32: the backward multiplies them by what scales the loss before it rounds them.
+    Tensor dx = empty(x, sizes_of(x), ScalarType::Float), dweight = empty(weight, sizes_of(weight), ScalarType::Float);
+    CrossEntropyGradients gradients{output(dx), dweight.mutable_data_ptr<float>()};
     float loss = cross_entropy_cpu(p, &gradients);
-    std::fill(gradients.dweight_sums + p.V * p.C, gradients.dweight_sums + sums.numel(), 0.0f);  // padding
-    if (rounds) torch::stable::copy_(dweight, sums);
+    std::fill(gradients.dweight_sums + p.V * p.C, gradients.dweight_sums + dweight.numel(), 0.0f);  // padding
     return {scalar(x, loss), dx, dweight};
 }
 

@@ -41,8 +41,9 @@ def linear_cross_entropy(
         ValueError: shapes, devices, reduction or vocab_size. TypeError: dtypes. RuntimeError: a target out of range, or
         the backend cannot run here.
     Numerics: logits are accumulated, kept and exponentiated in fp32 (eager bfloat16 rounds them). The native forward
-        makes the gradients too when they are wanted: chunk by chunk, three products in all. Peak memory beyond the
-        gradients is one chunk of logits, 256 rows.
+        makes the gradients too when they are wanted: chunk by chunk, three products in all. They wait in fp32 for the
+        backward, which multiplies them by what scales the loss and rounds them once. Peak memory beyond the gradients
+        is one chunk of logits, 256 rows.
     Source: the chunking of Hsu et al. 2024, arXiv 2410.10989 (Liger Kernel), section 3.
     """
     V = check(x, weight, targets, reduction, vocab_size)
@@ -93,6 +94,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss, dx, dweight = native.gradients(backend, x, weight, targets, ignore_index, mean, vocab_size)
         ctx.backend, ctx.settings = backend, (ignore_index, mean, vocab_size)
+        ctx.dtypes = x.dtype, weight.dtype
         if torch.compiler.is_compiling():
             ctx.save_for_backward(dx, dweight)
         else:
@@ -105,15 +107,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         if torch.compiler.is_compiling():
-            dx, dweight = ctx.saved_tensors
-            return None, dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
+            dx, dweight = ((g * dloss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+            return None, dx, dweight, None, None, None, None
         if ctx.gradients is None:  # a second backward through a retained graph
             _, dx, dweight = native.gradients(ctx.backend, *ctx.saved_tensors, *ctx.settings)
         else:
             dx, dweight = ctx.gradients
             ctx.gradients = None
-        # On a GPU the scale is not looked at: the host would wait for it.
-        if dloss.is_cuda or dloss.item() != 1.0:
-            dx.mul_(dloss)
-            dweight.mul_(dloss)
+        dx, dweight = (scaled(g, dloss, dtype) for g, dtype in zip((dx, dweight), ctx.dtypes, strict=True))
         return None, dx, dweight, None, None, None, None
+
+
+def scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * dloss, rounded once, in place where the dtype stays."""
+    # On a GPU the scale is not looked at: the host would wait for it.
+    one = not dloss.is_cuda and dloss.item() == 1.0
+    if gradient.dtype == dtype:
+        return gradient if one else gradient.mul_(dloss)
+    return gradient.to(dtype) if one else torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype))

@@ -23,7 +23,7 @@ def forward(
 def gradients(
     backend: str, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients dx and dweight."""
+    """The loss, and its gradients dx and dweight, both in fp32."""
     return operators(backend).linear_cross_entropy_gradients(
         x.contiguous(), weight.contiguous(), targets.contiguous(), ignore_index, mean, vocab_size
     )

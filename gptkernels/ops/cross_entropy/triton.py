@@ -4,7 +4,8 @@
     dlogits = scale (softmax(logits) - onehot(target));   dx = dlogits W;   dW = dlogits^T x
 
 For a chunk of rows torch.mm makes the logits, in x's dtype, in one buffer; one kernel makes the rows' losses and puts
-dlogits in the logits' place; two products make dx and add to dW, in fp32. The logits of one chunk are all that is held.
+dlogits in the logits' place; two products make dx and add to dW, both in fp32. The logits of one chunk are all that is
+held.
 
 The kernel: a program owns a row and reads it twice. The first pass keeps a running maximum and a running sum of
 exponentials for each thread (Milakov and Gimelshein 2018, arXiv 1805.02867), rescaled once in UNROLL vectors, so that no
@@ -29,7 +30,7 @@ from torch import Tensor
 # sums of dW once, 0.3 GB there: an eighth of the time that the products of 2048 rows take on an A100 or H100, and half
 # as many rows would double it; twice as many would double the memory, which is then more than the sums' own.
 CHUNK_LOGITS = 2048 * 50304
-# Columns of the products: whole tiles of cuBLAS. Padding of weight beyond them takes no part at all.
+# Columns of the logits' product: whole tiles of cuBLAS. Those of padding are not looked at, and take no part in the others.
 COLUMNS = 128
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -164,14 +165,14 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums += a b; the factors may be 16-bit beside fp32 sums."""
+def add_product(sums: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """sums = beta sums + a b; the factors may be 16-bit beside fp32 sums."""
     if a.dtype == sums.dtype:
-        torch.addmm(sums, a, b, out=sums)
+        torch.addmm(sums, a, b, beta=beta, out=sums)
     elif a.is_cuda:
-        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, beta=beta, out=sums)
     else:  # The CPU, where kernels are interpreted, has no product that widens.
-        torch.addmm(sums, a.to(sums.dtype), b.to(sums.dtype), out=sums)
+        torch.addmm(sums, a.to(sums.dtype), b.to(sums.dtype), beta=beta, out=sums)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -198,8 +199,8 @@ def cross_entropy(
     dx: Tensor | None,
     sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the number of targets that count; with dx and sums, those become dx and dW (fp32) but for
-    float16's factor 1 / used."""
+    """The loss and the number of targets that count; with dx and sums (fp32), those become dx and dW but for float16's
+    factor 1 / used."""
     N, width = x.shape[0], min(weight.shape[0], round_up(vocab_size, COLUMNS))
     used = count_targets(targets, ignore_index, vocab_size)
     losses = x.new_empty((N,), dtype=torch.float32)
@@ -228,8 +229,9 @@ def cross_entropy(
             **tile,
         )
         if dx is not None and sums is not None:
-            torch.mm(logits, weight, out=dx[chunk])
-            add_product(sums[:width], logits.t(), x[chunk])
+            dlogits = logits[:, :vocab_size]
+            add_product(dx[chunk], dlogits, weight[:vocab_size], beta=0)
+            add_product(sums[:vocab_size], dlogits.t(), x[chunk])
     total = losses.sum()
     return (total / used[0] if mean else total), used
 
@@ -252,12 +254,12 @@ def linear_cross_entropy_forward(
 def linear_cross_entropy_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, dx and dweight; a target out of range as in the forward.
+    """The loss, dx and dweight in fp32; a target out of range as in the forward.
 
     float16's dlogits are kept without the factor 1 / used, which would push most of them below its smallest number.
     """
     x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, dtype=torch.float32)
     sums = torch.zeros_like(weight, dtype=torch.float32)
     with on_device_of(x):
         loss, used = cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, dx, sums)
@@ -265,4 +267,4 @@ def linear_cross_entropy_gradients(
             factor = 1.0 / used.clamp(min=1)
             dx.mul_(factor)
             sums.mul_(factor)
-    return loss, dx, sums.to(weight.dtype)
+    return loss, dx, sums
