@@ -21,6 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gptkernels import interpreter
 
 NOBODY, SEVERAL = -1, -2
+# What an access is called once it is done, and which ones of other programs it must not meet.
+DONE = {"load": "read", "store": "written", "atomic": "atomically changed"}
+CONFLICTS = {
+    "load": ("written", "atomically changed"),
+    "store": ("written", "read", "atomically changed"),
+    "atomic": ("written", "read"),
+}
 
 
 class OutOfBounds(AssertionError):
@@ -43,18 +50,19 @@ class Argument:
 
 @dataclasses.dataclass
 class Region:
-    """Arguments that overlap, with who read, wrote and atomically changed each of their elements."""
+    """Arguments that overlap, with who has read, written and atomically changed each of their elements, if anybody has."""
 
     start: int
     end: int
-    element: int
-    readers: np.ndarray = dataclasses.field(init=False)
-    writers: np.ndarray = dataclasses.field(init=False)
-    atomics: np.ndarray = dataclasses.field(init=False)
+    element: int  # bytes, a power of 2
+    programs: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        size = -(-(self.end - self.start) // self.element)
-        self.readers, self.writers, self.atomics = (np.full(size, NOBODY, dtype=np.int64) for _ in range(3))
+    def who(self, done: str) -> np.ndarray:
+        """The program that has done it to each element, NOBODY or SEVERAL."""
+        if done not in self.programs:
+            size = -(-(self.end - self.start) // self.element)
+            self.programs[done] = np.full(size, NOBODY, dtype=np.int64)
+        return self.programs[done]
 
 
 def arguments_of(values: Mapping[str, Any]) -> list[Argument]:
@@ -103,9 +111,15 @@ class Watch:
     def access(self, kind: str, pointers: Any, mask: Any, size: int) -> None:
         """Check one load, store or atomic; pointers are byte addresses, masked-off lanes touch nothing."""
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, np.shape(mask)))
-        addresses = np.unique(addresses[np.broadcast_to(mask, addresses.shape)].astype(np.int64))
+        addresses = addresses[np.broadcast_to(mask, addresses.shape)].astype(np.int64)
         if not addresses.size:
             return
+        # Nearly always they lie in one region, which is found by their ends.
+        only = int(np.searchsorted(self.starts, addresses.min(), side="right")) - 1
+        if only >= 0 and addresses.max() + size <= self.ends[only]:
+            self.note(kind, self.regions[only], addresses, size)
+            return
+        addresses = np.unique(addresses)
         which = np.searchsorted(self.starts, addresses, side="right") - 1
         outside = (which < 0) | (addresses + size > self.ends[which])
         if outside.any():
@@ -115,20 +129,18 @@ class Watch:
 
     def note(self, kind: str, region: Region, addresses: np.ndarray, size: int) -> None:
         """Remember who touched the elements and compare with who did before."""
-        elements = (addresses - region.start) // region.element
+        elements = (addresses - region.start) >> (region.element.bit_length() - 1)
         if size > region.element:
             elements = (elements[:, None] + np.arange(size // region.element)).ravel()
-        conflicts = {
-            "load": {"written": region.writers, "atomically changed": region.atomics},
-            "store": {"written": region.writers, "read": region.readers, "atomically changed": region.atomics},
-            "atomic": {"written": region.writers, "read": region.readers},
-        }
-        for done, others in conflicts[kind].items():
-            bad = (others[elements] != NOBODY) & (others[elements] != self.now)
+        for done in CONFLICTS[kind]:
+            if done not in region.programs:
+                continue
+            others = region.programs[done][elements]
+            bad = (others != NOBODY) & (others != self.now)
             if bad.any():
-                first = elements[bad][0]
-                self.raise_race(kind, done, int(others[first]), int(first * region.element + region.start))
-        mine = {"load": region.readers, "store": region.writers, "atomic": region.atomics}[kind]
+                first = bad.argmax()
+                self.raise_race(kind, done, int(others[first]), int(elements[first] * region.element + region.start))
+        mine = region.who(DONE[kind])
         before = mine[elements]
         mine[elements] = np.where((before == NOBODY) | (before == self.now), self.now, SEVERAL)
 

@@ -1,30 +1,36 @@
 """What the operator tests share: the backends to run over, the error budget, and awkward ways for a tensor to lie."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 # The backends under test and what each computes in. The reference is the oracle; its own tests compare it with torch's ops.
-BACKENDS = {"cpu": (torch.float32, torch.bfloat16)}
-# Those that every operator is compared with float64 on, at every shape that they are fast enough for.
-EXECUTED = {**BACKENDS, "triton": (torch.float32, torch.bfloat16, torch.float16)}
+BACKENDS = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 # The CUDA kernels on the CPU, for the operators that have them.
 SIMT = {"simt": (torch.float32, torch.bfloat16, torch.float16)}
 # Those that interpret or emulate their kernels: they run the small cases only.
 SLOW_BACKENDS = ("triton", "simt")
+# Of a layout a kernel sees strides and the size of an element: a slow backend runs those cases in one dtype.
+LAYOUT_DTYPES = (torch.bfloat16,)
 
 
 def over(kinds_of):
     """Decorators (backends, dtypes, cases) that parametrise a test over these backends and what each computes in."""
 
-    def cases(names, small, large=(), backends=kinds_of):
-        """Over backend, dtype and `names`; the large cases only where the backend is fast."""
+    def cases(names, small, large=(), slow_dtypes=None):
+        """Over backend, dtype and `names`; a slow backend runs the small cases, in slow_dtypes if those are given."""
         parameters = []
-        for backend, kinds in backends.items():
-            for dtype in kinds:
-                for case in [*small, *([] if backend in SLOW_BACKENDS else large)]:
+        for backend, kinds in kinds_of.items():
+            slow = backend in SLOW_BACKENDS
+            for dtype in slow_dtypes if slow and slow_dtypes else kinds:
+                for case in [*small, *([] if slow else large)]:
                     case = case if isinstance(case, tuple) else (case,)
                     name = "-".join([backend, str(dtype)[6:], *map(str, case)])
                     parameters.append(pytest.param(backend, dtype, *case, id=name))
@@ -90,18 +96,26 @@ def largest(x):
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def check_against_oracle(call, inputs, backend, draws=3, few=64):
+def accesses_checked(backend: str) -> AbstractContextManager[None]:
+    """Triton's kernels watched for accesses out of bounds and races between programs."""
+    return import_module("interpreter_checks").checked() if backend == "triton" else nullcontext()
+
+
+def check_against_oracle(call, inputs, backend, draws=None, few=64):
     """The error of `backend` is at most 2x (gradients 3x) that of the reference in the same dtype, plus one rounding.
 
     The truth is the reference in float64, on the very same numbers. `inputs` makes a dict of arguments from a seed. Each
-    result's error is its largest over some draws, more of them where it has fewer than `few` numbers: one may be right by
-    luck.
+    result's error is its largest over some draws (3, on a slow backend 1), more of them where it has fewer than `few`
+    numbers: one may be right by luck.
     """
     worst = {}
-    few = few if draws > 1 else 1
-    for seed in range(20):
+    few = 1 if draws == 1 else few
+    usual, most = (1, 8) if backend in SLOW_BACKENDS else (3, 20)
+    draws = draws or usual
+    for seed in range(most):
         given = inputs(1000 * seed + 17)
-        ours, douts = results(partial(call, backend=backend), given, seed=1000 * seed + 91)
+        with accesses_checked(backend) if seed == 0 else nullcontext():
+            ours, douts = results(partial(call, backend=backend), given, seed=1000 * seed + 91)
         plain, _ = results(partial(call, backend="reference"), given, douts)
         right, _ = results(partial(call, backend="reference"), {name: double(x) for name, x in given.items()}, douts)
         for name, truth in right.items():
@@ -168,15 +182,16 @@ def check_layouts(call, inputs, layout, names):
         assert f"gradient of {name}" in found
 
 
-def check_repeats(call, inputs, repeats=3):
+def check_repeats(call, inputs, repeats=3, threads=(1, 2)):
     """The same bits every time, on 1 and 2 threads, and after a call that left NaN in every workspace."""
+    torch.set_num_threads(threads[0])
     wanted, _ = results(call, inputs)
     leftovers = {
         name: torch.full_like(x, math.nan).requires_grad_(x.requires_grad) if is_floating(x) else x
         for name, x in inputs.items()
     }
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for count in threads:
+        torch.set_num_threads(count)
         results(call, leftovers)
         for _ in range(repeats):
             check_equal(results(call, inputs)[0], wanted)

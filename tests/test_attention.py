@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
-    EXECUTED,
+    LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
     check_against_oracle,
@@ -30,7 +30,6 @@ from gptkernels import causal_attention, causal_attention_packed
 from gptkernels.ops.attention import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-EXECUTED = {**EXECUTED, **SIMT}
 backends, dtypes, cases = over(BACKENDS)
 # B, H, T, S, D: queries as many as keys, fewer, more; around the tiles' edges; every width of tile and tails of it.
 SMALL = [
@@ -45,6 +44,13 @@ SMALL = [
     (1, 2, 9, 3, 16),
     (1, 1, 70, 2, 24),
     (1, 1, 3, 0, 8),
+    (1, 1, 97, 97, 16),
+    (1, 1, 130, 130, 24),
+    (1, 1, 11, 13, 72),
+    (1, 1, 11, 13, 104),
+    (1, 1, 13, 11, 136),
+    (1, 1, 11, 11, 200),
+    (1, 1, 13, 35, 256),
 ]
 LARGE = [
     (1, 2, 97, 97, 64),
@@ -70,7 +76,7 @@ def attention_inputs(B, H, T, S, D, dtype, seed=0, scale=1.0):
     }
 
 
-@cases("B, H, T, S, D", SMALL + EMPTY, LARGE, EXECUTED)
+@cases("B, H, T, S, D", SMALL + EMPTY, LARGE)
 def test_matches_the_oracle(backend, dtype, B, H, T, S, D):
     check_against_oracle(causal_attention, partial(attention_inputs, B, H, T, S, D, dtype), backend)
 
@@ -89,10 +95,13 @@ def test_dropout_matches_the_oracle(backend, dtype, T, S, p, seed):
 
 @cases("case", ["large", "huge", "equal"])
 def test_large_scores(backend, dtype, case):
-    """Scores beyond what exp takes (float16 ends at 65504); and equal ones, where the maximum is everywhere."""
+    """Scores beyond what exp takes (float16 ends at 65504); and equal ones, where the maximum is everywhere.
+
+    In one draw alone every row may have but one weight, and a gradient of nothing but rounding errors.
+    """
     factor = {"large": 40.0, "huge": 1e4 if dtype != torch.float16 else 1e3, "equal": 0.0}[case]
     check_against_oracle(
-        causal_attention, lambda seed: attention_inputs(1, 2, 67, 67, 16, dtype, seed, factor), backend
+        causal_attention, lambda seed: attention_inputs(1, 2, 67, 67, 16, dtype, seed, factor), backend, draws=3
     )
 
 
@@ -152,7 +161,10 @@ def test_a_query_alone_is_the_last_of_many(backend, dtype):
         torch.testing.assert_close(part, whole[:, :, -T:])
 
 
-@cases("B, H, T, S", [(2, 3, 9, 9), (1, 2, 5, 12), (1, 1, 8, 3)], [(2, 3, 97, 97), (1, 2, 65, 150)])
+MASKS = [(2, 3, 9, 9), (1, 2, 5, 12), (1, 1, 8, 3), (1, 1, 63, 97), (1, 1, 1, 256)]
+
+
+@cases("B, H, T, S", MASKS, [(2, 3, 97, 97), (1, 2, 65, 150)])
 @pytest.mark.parametrize("seed", [0, 1234, -7, 2**62 + 3, torch.tensor(2**35 + 1)], ids=str)
 def test_dropout_mask_is_the_references(backend, dtype, B, H, T, S, seed):
     """Equal scores and an identity matrix for v: the output is the mask itself, scaled."""
@@ -210,7 +222,7 @@ def test_seed_as_tensor_is_seed_as_int(backend):
     assert not torch.equal(other["output 0"], wanted["output 0"])
 
 
-@cases("layout", [*LAYOUTS, "token-major", "broadcast heads"])
+@cases("layout", [*LAYOUTS, "token-major", "broadcast heads"], slow_dtypes=LAYOUT_DTYPES)
 @pytest.mark.parametrize("names", ["qkv", "q", "k", "v", ""], ids=lambda names: names or "dout")
 def test_layouts(backend, dtype, layout, names):
     inputs = attention_inputs(2, 3, 7, 7, 12, dtype)
@@ -233,7 +245,10 @@ def test_output_is_token_major(backend):
         assert causal_attention(**inputs, backend=backend).transpose(1, 2).is_contiguous()
 
 
-@cases("B, H, T, D", [(2, 3, 9, 8), (1, 1, 1, 5), (2, 2, 0, 4), (0, 2, 4, 4)], [(2, 3, 130, 40)])
+PACKED = [(2, 3, 9, 8), (1, 1, 1, 5), (2, 2, 0, 4), (0, 2, 4, 4)]
+
+
+@cases("B, H, T, D", PACKED, [(2, 3, 130, 40)], slow_dtypes=LAYOUT_DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
 def test_packed_is_unpacked(backend, dtype, B, H, T, D, layout):
     qkv = laid_out(draw((B, T, 3, H, D), dtype, 1), layout)
@@ -248,7 +263,7 @@ def test_packed_is_unpacked(backend, dtype, B, H, T, D, layout):
     assert found["gradient of qkv"].is_contiguous()
 
 
-@cases("T, D, p", [(7, 8, 0.0), (7, 8, 0.3)], [(100, 64, 0.0)])
+@cases("T, D, p", [(7, 8, 0.0), (7, 8, 0.3), (33, 72, 0.2)], [(100, 64, 0.0)])
 def test_packed_matches_the_oracle(backend, dtype, T, D, p):
     call = partial(causal_attention_packed, dropout_p=p, seed=6 if p else None)
     check_against_oracle(call, lambda seed: {"qkv": draw((2, T, 3, 2, D), dtype, seed)}, backend)
@@ -274,10 +289,10 @@ def test_packed_copies_nothing(backend):
     assert len([name for name in seen if name.startswith("gptkernels")]) == 2 and not copies
 
 
-@cases("T, S", [(9, 9), (5, 7)], [(200, 200)])
-def test_repeats(backend, dtype, T, S):
+@cases("B, H, T, S", [(1, 2, 9, 9), (1, 2, 5, 7)], [(2, 3, 9, 9), (2, 3, 5, 7), (2, 3, 200, 200)])
+def test_repeats(backend, dtype, B, H, T, S):
     call = partial(causal_attention, backend=backend, dropout_p=0.1, seed=1)
-    check_repeats(call, attention_inputs(2, 3, T, S, 20, dtype))
+    check_repeats(call, attention_inputs(B, H, T, S, 20, dtype))
 
 
 @backends

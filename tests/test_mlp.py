@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
-    EXECUTED,
+    LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
     check_against_oracle,
@@ -25,7 +25,6 @@ from gptkernels import gelu_mlp
 from gptkernels.ops.mlp import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-EXECUTED = {**EXECUTED, **SIMT}
 backends, dtypes, cases = over(BACKENDS)
 simt_cases = over(SIMT)[2]
 SMALL = [((1, 1), 1), ((7,), 5), ((2, 3, 7), 9), ((13, 17), 70), ((12, 32), 64)]
@@ -46,7 +45,7 @@ def mlp_inputs(shape, F_width, dtype, seed=0, *, b_fc=True, b_proj=True, weight_
 
 
 @gelus
-@cases("shape, F_width", SMALL + EMPTY, LARGE, EXECUTED)
+@cases("shape, F_width", SMALL + EMPTY, LARGE)
 def test_matches_the_oracle(backend, dtype, shape, F_width, approximate):
     call = partial(gelu_mlp, approximate=approximate)
     check_against_oracle(call, partial(mlp_inputs, shape, F_width, dtype), backend)
@@ -83,7 +82,7 @@ def test_gelu_over_the_range_of_numbers(backend, dtype, approximate):
         assert x.shape == (N, 1)
         return {"x": x, "w_fc": one, "b_fc": None, "w_proj": one, "b_proj": None}
 
-    check_against_oracle(partial(gelu_mlp, approximate=approximate), inputs, backend)
+    check_against_oracle(partial(gelu_mlp, approximate=approximate), inputs, backend, draws=1)
     check_elementwise(partial(gelu_mlp, approximate=approximate), inputs(0), backend, dtype)
 
 
@@ -97,9 +96,11 @@ def check_elementwise(call, inputs, backend, dtype):
     right = {name: t.double().requires_grad_(t.requires_grad) for name, t in inputs.items() if t is not None}
     truth, _ = results(partial(call, backend="reference"), {**inputs, **right}, dout)
     eps, x = torch.finfo(dtype).eps, inputs["x"].detach().double()
-    denormal = torch.finfo(dtype).smallest_normal * eps
+    # Below smallest_normal numbers of the dtype lie smallest_normal * eps apart: rounding to nearest errs by half of that
+    # however small a number is. One rounding is due: products with 1 are exact.
+    subnormal = 0.5 * torch.finfo(dtype).smallest_normal * eps
     for name, unit in (("output 0", x.abs().clamp(max=1)), ("gradient of x", torch.ones_like(x))):
-        allowed = 8 * eps * torch.maximum(truth[name].abs(), unit) + denormal
+        allowed = 8 * eps * torch.maximum(truth[name].abs(), unit) + subnormal
         error = (ours[name].double() - truth[name]).abs()
         worst = (error / allowed).argmax()
         assert (error <= allowed).all(), f"{name} at {x.flatten()[worst]}: error {error.flatten()[worst]:.3g}"
@@ -127,7 +128,7 @@ def test_gelus_differ(backend):
     assert torch.equal(gelu_mlp(**inputs, backend=backend), tanh)
 
 
-@cases("layout", LAYOUTS)
+@cases("layout", LAYOUTS, slow_dtypes=LAYOUT_DTYPES)
 @pytest.mark.parametrize("names", [["x"], ["w_fc"], ["b_fc"], ["w_proj"], ["b_proj"], []], ids=str)
 def test_layouts(backend, dtype, layout, names):
     check_layouts(partial(gelu_mlp, backend=backend), mlp_inputs((2, 5, 12), 9, dtype), layout, names)
