@@ -136,7 +136,7 @@ struct ForwardRows {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, 1)
     attention_forward(Heads<const typename Tile::T> q, Heads<const typename Tile::T> k, Heads<const typename Tile::T> v,
                       Heads<typename Tile::T> out, Global<float> stats, Global<const int64_t> seed, AttentionSizes p) {
     using T = typename Tile::T;
@@ -208,7 +208,9 @@ __global__ void __launch_bounds__(Tile::THREADS)
     for (int n = free; n < last; n += BLOCK_N) keys(n, std::true_type());
 
     __syncthreads();  // all have read Q, whose place out takes
-    rows.finish(q_tile, warp_row, m + warp_row, p, stats + ((int64_t)b * p.H + h) * p.T * 2, lane);
+    const int again =
+        __shfl_sync(FULL_WARP, (int)threadIdx.x / 32, 0) * Tile::WARP_M;  // no register keeps it meanwhile
+    rows.finish(q_tile, again, m + again, p, stats + ((int64_t)b * p.H + h) * p.T * 2, lane);
     __syncthreads();
     copy_out<T, D, BLOCK_M, THREADS>(q_tile, out, b, h, m, p.T, p.D);
 }

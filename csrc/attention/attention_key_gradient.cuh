@@ -72,7 +72,7 @@ struct KeyGradientScores {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, 1)
     attention_key_gradient(Heads<const typename Tile::T> dout, Heads<const typename Tile::T> q,
                            Heads<const typename Tile::T> k, Heads<const typename Tile::T> v, Global<const float> terms,
                            Heads<typename Tile::T> dk, Heads<typename Tile::T> dv, Global<const int64_t> seed,
@@ -95,13 +95,13 @@ __global__ void __launch_bounds__(Tile::THREADS)
     Shared<uint32_t> exchange = dynamic_shared<uint32_t>(Memory::EXCHANGE, 2 * Tile::EXCHANGE / 4);
     Copy<T, D, OWNED, THREADS> k_rows(k, b, h, n, p.S, p.D), v_rows(v, b, h, n, p.S, p.D);
     Copy<T, D, STREAM, THREADS> q_rows(q, b, h, first, p.T, p.D), dout_rows(dout, b, h, first, p.T, p.D);
-    // A thread's packet of the terms: STREAM / 4 of them are lse, as many delta.
-    const int kind = threadIdx.x / (STREAM / 4), packet = threadIdx.x % (STREAM / 4) * 4;
-    terms = terms + (((int64_t)b * p.H + h) * 2 + kind) * rows_of_terms(p) + packet;
+    // A thread's packet of the terms: STREAM / 4 of them are lse, the next as many delta.
+    const int kind = threadIdx.x / (STREAM / 4);
+    terms = terms + (((int64_t)b * p.H + h) * 2 + kind) * rows_of_terms(p) + threadIdx.x % (STREAM / 4) * 4;
     auto start = [&](int m, int stage) {
         q_rows.start(streamed + 2 * stage * TILE, m);
         dout_rows.start(streamed + (2 * stage + 1) * TILE, m);
-        if (kind < 2) cp_async16(row_memory + ((2 * stage + kind) * STREAM + packet), terms + m);
+        if (threadIdx.x < STREAM / 2) cp_async16(row_memory + (2 * stage * STREAM + 4 * (int)threadIdx.x), terms + m);
     };
 
     k_rows.start(k_tile, n);
@@ -150,9 +150,7 @@ __global__ void __launch_bounds__(Tile::THREADS)
                 for (int i = 0; i < M_TILES; ++i)
                     keep[i] = dropout.columns_by_rows<N_TILES>(m + column + offset, n + place.row + 16 * i, lane);
                 Scores::drop(s, dp, delta, keep, p.keep_scale, lane);
-                weights.pack(s);
             } else {
-                weights.pack(s);
                 Scores::start(dp, delta, lane);
                 inner_product<D>(dp, v_left, right_place<D>(dout_tile, lane) + column * D);
                 UNROLL
@@ -160,6 +158,7 @@ __global__ void __launch_bounds__(Tile::THREADS)
                 for (int j = 0; j < N_TILES; ++j) UNROLL
                 for (int e = 0; e < 4; ++e) dp[i][j][e] *= s[i][j][e];
             }
+            weights.pack(s);
             ds.pack(dp);
             if (Tile::SPLIT > 1) {
                 weights.give(exchange, place);
@@ -179,9 +178,10 @@ __global__ void __launch_bounds__(Tile::THREADS)
 
     cp_async_wait<0>();
     __syncthreads();
+    const Place<Tile> again;  // found anew: no register keeps it during the loops
     // One key alone has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
-    store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, place);
-    store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, place);
+    store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, again);
+    store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, again);
     __syncthreads();
     copy_out<T, D, OWNED, THREADS>(k_tile, dk, b, h, n, p.S, p.D);
     copy_out<T, D, OWNED, THREADS>(v_tile, dv, b, h, n, p.S, p.D);

@@ -27,22 +27,20 @@ struct QueryGradientMemory {
 template <class Tile>
 struct QueryGradientRows {
     static constexpr int M_TILES = Tile::M_TILES, N_TILES = Tile::N_TILES;
-    float lse[M_TILES][2], delta[M_TILES][2];
+    Shared<float> terms;  // of the lane's first row; read for each tile, since registers are dear
 
-    DEVICE QueryGradientRows(Shared<float> terms, int row, int lane) {
-        UNROLL
-        for (int i = 0; i < M_TILES; ++i) UNROLL
-        for (int r = 0; r < 2; ++r) {
-            lse[i][r] = terms[row + 16 * i + 8 * r + lane / 4];
-            delta[i][r] = terms[Tile::OWNED + row + 16 * i + 8 * r + lane / 4];
-        }
-    }
+    DEVICE QueryGradientRows(Shared<float> all, int row, int lane) : terms(all + (row + lane / 4)) {}
+    DEVICE float lse(int i, int r) const { return terms[16 * i + 8 * r]; }
+    DEVICE float delta(int i, int r) const { return terms[Tile::OWNED + 16 * i + 8 * r]; }
 
     DEVICE void start(float (&dp)[M_TILES][N_TILES][4]) const {
         UNROLL
         for (int i = 0; i < M_TILES; ++i) UNROLL
-        for (int j = 0; j < N_TILES; ++j) UNROLL
-        for (int e = 0; e < 4; ++e) dp[i][j][e] = Tile::DROPOUT ? 0.0f : -delta[i][e / 2];
+        for (int r = 0; r < 2; ++r) {
+            float first = Tile::DROPOUT ? 0.0f : -delta(i, r);
+            UNROLL
+            for (int j = 0; j < N_TILES; ++j) dp[i][j][2 * r] = dp[i][j][2 * r + 1] = first;
+        }
     }
 
     // s becomes P; where MASKED, column c of row r is seen if c <= r + diagonal.
@@ -51,10 +49,11 @@ struct QueryGradientRows {
         UNROLL
         for (int i = 0; i < M_TILES; ++i) {
             int seen = diagonal + 16 * i + lane / 4 - lane % 4 * 2;
+            float from[2] = {lse(i, 0), lse(i, 1)};
             UNROLL
             for (int j = 0; j < N_TILES; ++j) UNROLL
             for (int e = 0; e < 4; ++e) {
-                float p = exp2_approx(s[i][j][e] * scale_log2 - lse[i][e / 2]);
+                float p = exp2_approx(s[i][j][e] * scale_log2 - from[e / 2]);
                 s[i][j][e] = MASKED && 8 * j + e % 2 > seen + e / 2 * 8 ? 0.0f : p;
             }
         }
@@ -65,16 +64,17 @@ struct QueryGradientRows {
         UNROLL
         for (int i = 0; i < M_TILES; ++i) {
             uint32_t keep = dropout.rows_by_columns<N_TILES>(row + 16 * i, column, lane);
+            float d[2] = {delta(i, 0), delta(i, 1)};
             UNROLL
             for (int j = 0; j < N_TILES; ++j) UNROLL
             for (int e = 0; e < 4; ++e)
-                dp[i][j][e] = (keep >> (4 * j + e) & 1 ? dp[i][j][e] * keep_scale : 0.0f) - delta[i][e / 2];
+                dp[i][j][e] = (keep >> (4 * j + e) & 1 ? dp[i][j][e] * keep_scale : 0.0f) - d[e / 2];
         }
     }
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, 1)
     attention_query_gradient(Heads<const typename Tile::T> dout, Heads<const typename Tile::T> q,
                              Heads<const typename Tile::T> k, Heads<const typename Tile::T> v,
                              Heads<const typename Tile::T> out, Global<const float> stats, Global<float> terms,
@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(Tile::THREADS)
 
     cp_async_wait<0>();
     __syncthreads();
-    store_gradient<Tile>(acc, p.scale, dout_tile, place);
+    const Place<Tile> again;  // found anew: no register keeps it during the loops
+    store_gradient<Tile>(acc, p.scale, dout_tile, again);
     __syncthreads();
     copy_out<T, D, OWNED, THREADS>(dout_tile, dq, b, h, m, p.T, p.D);
 }
