@@ -60,6 +60,9 @@ REGISTERS = 65536  # of a multiprocessor, on every architecture above
 REGISTER_UNIT = 256  # registers are given to warps in such portions
 SHARED_RESERVED = 1 * KB  # of every block, for the driver
 
+# Bytes of registers a thread that may wait in memory while a loop runs that does not use them.
+WORDS_AROUND_LOOPS = 16
+
 # A tensor-core instruction by the opcode that it starts with.
 TENSOR_CORES = {"HMMA": "mma", "IMMA": "mma", "HGMMA": "wgmma", "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05"}
 # An instruction is "/*0120*/  @!P0 LDG.E.128 R4, [R2.64] ;"; of a hexadecimal encoding only the comment is left.
@@ -94,6 +97,7 @@ class Figures:
 
     registers: int
     spilled: int  # bytes of stack a thread
+    spilled_in_loops: int  # instructions that move them, in loops; the others run once
     shared: int
     shared_limit: int
     threads: int
@@ -224,10 +228,12 @@ def figures(launch: Launch) -> Figures:
         tensor_cores[kind] += families[family]
     shared = int(compiled.metadata.shared)
     threads = 32 * int(compiled.metadata.num_warps)
+    bodies = loops(code)
     blocks = blocks_per_multiprocessor(DEVICES[launch.arch], usage["REG"], threads // 32, shared)
     return Figures(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
+        spilled_in_loops=max((sum(" LDL" in line or " STL" in line for line in body) for body in bodies), default=0),
         shared=shared,
         shared_limit=DEVICES[launch.arch].shared_per_block,
         threads=threads,
@@ -240,15 +246,16 @@ def figures(launch: Launch) -> Figures:
         widest_load=max((width(opcode) for opcode in opcodes if opcode.startswith(("LDG.", "LDGSTS."))), default=0),
         widest_store=max((width(opcode) for opcode in opcodes if opcode.startswith("STG.")), default=0),
         instructions=sum(opcodes.values()),
-        executed=None if loops(code) else sum(opcodes.values()),
+        executed=None if bodies else sum(opcodes.values()),
     )
 
 
 def problems(figures: Figures, dtype: torch.dtype) -> list[str]:
     """What a kernel on aligned, contiguous data must not show, in words; empty if it is as it should be."""
     found = []
-    if figures.spilled:
-        found.append(f"spills {figures.spilled} bytes a thread")
+    # A word that is stored once before a loop and loaded once after it costs nothing; more than that does.
+    if figures.spilled_in_loops or figures.spilled > WORDS_AROUND_LOOPS:
+        found.append(f"spills {figures.spilled} bytes a thread, {figures.spilled_in_loops} instructions in loops")
     if figures.shared > figures.shared_limit:
         found.append(f"needs {figures.shared} bytes of shared memory, the device has {figures.shared_limit}")
     if figures.matrix and dtype.itemsize == 2 and not figures.tensor_cores:
@@ -288,19 +295,23 @@ def width(opcode: str) -> int:
     return next((n for name, n in (("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)) if name in modifiers), 4)
 
 
-def loops(code: str) -> bool:
-    """Whether some branch goes back; the branch to itself that ends every kernel does not count."""
+def loops(code: str) -> list[list[str]]:
+    """The instructions of every loop: from where a branch goes back to, up to it.
+
+    The branch to itself that ends every kernel does not count.
+    """
     place: dict[str, int] = {}
-    count = 0
+    instructions: list[str] = []
+    found = []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
-            place[label[1]] = count
+            place[label[1]] = len(instructions)
         elif INSTRUCTION.match(line):
             branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
-            if branch and place.get(branch[1], count) < count:
-                return True
-            count += 1
-    return False
+            if branch and place.get(branch[1], len(instructions)) < len(instructions):
+                found.append(instructions[place[branch[1]] :])
+            instructions.append(line)
+    return found
 
 
 def blocks_per_multiprocessor(device: Device, registers: int, warps: int, shared: int) -> int:

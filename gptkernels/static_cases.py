@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -48,16 +49,16 @@ def cases() -> list[Case]:
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     B, T, H = 8, 1024, 12
-    for D, dropout_p in ((64, 0.0), (128, 0.0), (64, 0.1), (32, 0.0), (80, 0.0), (256, 0.0)):
+    kinds = itertools.product((64, 128, 256), ("", " dropout", " T=1000", " atomics"))
+    for D, kind in (*kinds, (32, ""), (80, "")):
 
-        def call(make: Make, D: int = D, dropout_p: float = dropout_p) -> None:
-            seed = make(1, dtype=torch.int64) if dropout_p else None
-            q, k, v = make(3, B, H, T, D).unbind()
+        def call(make: Make, D: int = D, kind: str = kind) -> None:
+            dropout_p, seed = (0.1, make(1, dtype=torch.int64)) if kind == " dropout" else (0.0, None)
+            q, k, v = make(3, B, H, 1000 if kind == " T=1000" else T, D).unbind()
             out, stats = attention.attention_forward(q, k, v, D**-0.5, dropout_p, seed)
-            attention.attention_backward(out, q, k, v, out, stats, D**-0.5, dropout_p, seed)
+            attention.attention_backward(out, q, k, v, out, stats, D**-0.5, dropout_p, seed, kind == " atomics")
 
-        usual = D in (64, 128) and not dropout_p
-        yield Case("attention", f"D={D} dropout" if dropout_p else f"D={D}", dtype, call, usual)
+        yield Case("attention", f"D={D}{kind}", dtype, call, usual=D in (64, 128) and not kind)
 
     def packed(make: Make) -> None:
         qkv = make(B, T, 3, H, 64)
@@ -91,22 +92,25 @@ def row_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def product_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for gemm in ("triton", "cublas"):
+    # The fewer rows, the smaller the tile.
+    for rows in (ROWS, 2048, 1024, 512, 256):
 
-        def linear_call(make: Make) -> None:
-            x, weight, bias = make(ROWS, 768), make(2304, 768), make(2304)
+        def linear_call(make: Make, rows: int = rows) -> None:
+            x, weight, bias = make(rows, 768), make(2304, 768), make(2304)
             y = linear.linear_forward(x, weight, bias)
             linear.linear_backward(y, x, weight, True)
 
-        def mlp_call(make: Make) -> None:
-            x, w_fc, b_fc, w_proj, b_proj = make(ROWS, 768), make(3072, 768), make(3072), make(768, 3072), make(768)
+        def mlp_call(make: Make, rows: int = rows) -> None:
+            x, w_fc, b_fc, w_proj, b_proj = make(rows, 768), make(3072, 768), make(3072), make(768, 3072), make(768)
             for tanh in (True, False):
                 y, h = mlp.gelu_mlp_forward(x, w_fc, b_fc, w_proj, b_proj, tanh)
                 mlp.gelu_mlp_backward(y, x, h, w_fc, w_proj, True, True, tanh)
 
-        if gemm == "triton":
-            yield Case("linear", "768 -> 2304", dtype, chosen(linear_call, gemm))
-        yield Case("mlp", f"768 -> 3072, {gemm}", dtype, chosen(mlp_call, gemm))
+        usual, size = rows == ROWS, "" if rows == ROWS else f", {rows} rows"
+        yield Case("linear", f"768 -> 2304{size}", dtype, chosen(linear_call, "triton"), usual)
+        yield Case("mlp", f"768 -> 3072{size}", dtype, chosen(mlp_call, "triton"), usual)
+        if usual:
+            yield Case("mlp", "768 -> 3072, cublas", dtype, chosen(mlp_call, "cublas"))
 
 
 def chosen(call: Callable[[Make], None], gemm: str) -> Callable[[Make], None]:

@@ -1,9 +1,11 @@
 """Every Triton kernel compiles for GPUs that are not here, and its machine code is as it should be.
 
-A part of what `make gpu-static` compiles: one of each kernel, bfloat16, sm_80 and sm_90.
+A part of what `make gpu-static` compiles: one of each kernel, bfloat16, sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ KERNELS = {
     "mlp": {"gemm_gelu_kernel", "gemm_gelu_backward_kernel"},
 }
 USUAL = {case.op: case for case in reversed(cases()) if case.usual and case.dtype == torch.bfloat16}
-TENSOR_CORES = {80: "mma", 90: "wgmma"}
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
@@ -39,6 +41,19 @@ def test_machine_code(op, arch):
         assert static.problems(found, case.dtype) == [], f"{name} on sm_{arch}: {found}"
         assert set(found.tensor_cores) == ({TENSOR_CORES[arch]} if found.matrix else set()), found
         assert found.matrix == (op == "attention" or name.startswith("gemm"))
+        if name.startswith("gemm"):
+            assert found.asynchronous == ("TMA" if arch >= 90 else "cp.async"), found
+
+
+@pytest.mark.parametrize("size", ["D=128", "D=128 T=1000"])
+def test_registers_suffice_at_head_dim_128(size):
+    """The tightest kernels: another order of two statements (dv before ds) once made key_gradient_kernel spill 4 KB."""
+    case = next(case for case in cases() if (case.op, case.size, case.dtype) == ("attention", size, torch.bfloat16))
+    with static.recorded(80) as launches:
+        case.run("cuda:80")
+    for launch in launches:
+        found = static.figures(launch)
+        assert static.problems(found, case.dtype) == [], f"{launch.name}: {found}"
 
 
 @triton.jit
@@ -83,6 +98,31 @@ def test_a_kernel_that_spills_is_found():
     assert fits.matrix and not fits.spilled and fits.executed is None
     spills = figures_of(product_kernel, (16384, 0), (16384, 0), (16384, 0), 64, BLOCK=128, num_warps=2)
     assert any("spills" in problem for problem in static.problems(spills, torch.bfloat16))
+
+
+def test_a_word_kept_around_a_loop_is_no_problem_and_one_moved_in_it_is():
+    fits = figures_of(product_kernel, (4096, 0), (4096, 0), (4096, 0), 64, BLOCK=64, num_warps=4)
+    around = dataclasses.replace(fits, spilled=8, spilled_in_loops=0)
+    within = dataclasses.replace(fits, spilled=8, spilled_in_loops=1)
+    assert static.problems(around, torch.bfloat16) == []
+    assert len(static.problems(within, torch.bfloat16)) == 1
+    assert len(static.problems(dataclasses.replace(around, spilled=32), torch.bfloat16)) == 1
+
+
+def test_loops_are_found_by_their_branches():
+    code = """
+.L_x_1:
+        /*0000*/                   STL [R1], R2 ;
+.L_x_2:
+        /*0010*/                   LDL R2, [R1] ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+        /*0030*/               @P1 BRA `(.L_x_3) ;
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   BRA `(.L_x_3) ;
+"""
+    (body,) = static.loops(code)
+    assert len(body) == 1 and "LDL" in body[0]
 
 
 def test_float32_in_tf32_is_found():

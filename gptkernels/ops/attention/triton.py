@@ -11,33 +11,40 @@ from torch import Tensor
 
 from gptkernels.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel, row_terms_kernel
 from gptkernels.ops.attention.triton_forward import attention_forward_kernel
+from gptkernels.triton_launch import launch, limits
 
 # Offsets within a tile in 64 bits even where 32 would do: for tests on small tensors.
 FORCE_INT64 = False
-# Shared memory of a block on sm_80, taken for tensors that are on no GPU (interpreter, emulator).
-DEFAULT_SHARED_MEMORY = 163 * 1024
 # Longest block of rows: what a tile's offsets are bounded by.
 MAX_BLOCK = 128
 
 Strides = tuple[int, ...]
-# Programs, scalar arguments, constants.
-Plan = tuple[int, tuple[Any, ...], dict[str, Any]]
+# Grid, scalar arguments, constants.
+Plan = tuple[tuple[int], tuple[Any, ...], dict[str, Any]]
 
 # Tiles follow the 255 registers of a thread. With mma.sync (sm_80, 86, 89, 120) operands pass through registers: a warp
 # wants 32 rows, for which a shared-memory read feeds enough products (1 shared cycle a product; 2 with 16 rows), so 4
 # warps take 128 rows, and their accumulators of 32 x 128 leave room for scores of 32 columns at D = 128, of 64 at D = 64.
+# Where the operand that does not stream fits in registers too it is held there (16 rows of k and v beside dk and dv at
+# D = 128): shared memory is then read for the streams alone.
 # Dropout needs registers for its words, so smaller tiles. Two stages: a third leaves room for one block a multiprocessor
 # instead of two at D = 128. All fit the 99 KiB of sm_86.
 # sm_90 and 100, told by their shared memory, read operands from there: there 8 warps and wider tiles, not yet timed.
 WIDE_SHARED_MEMORY = 200 * 1024
+# sm_86, 89 and 120 have less, and slower tensor cores, which smaller tiles feed as well (and ptxas for sm_120 spills where
+# it does not for sm_80).
+DATA_CENTRE_SHARED_MEMORY = 128 * 1024
 
 
-def tile(block_m: int, block_n: int, part: int, D: int, num_warps: int = 4, num_stages: int = 2) -> dict[str, Any]:
+def tile(
+    block_m: int, block_n: int, part: int, D: int, num_warps: int = 4, num_stages: int = 2, held: bool = False
+) -> dict[str, Any]:
     """Constants of a kernel's tile. Its D columns come in parts: powers of two, 16 at least, all but the last one equal."""
     rest = D % part
     widths = (part,) * (D // part) + ((max(16, 1 << (rest - 1).bit_length()),) if rest else ())
     return {
-        "WIDTHS": widths, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages,
+        "WIDTHS": widths, "BLOCK_M": block_m, "BLOCK_N": block_n, "HELD": held, "num_warps": num_warps,
+        "num_stages": num_stages,
     }  # fmt: skip
 
 
@@ -52,11 +59,14 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
     if dtype == torch.float32:
         return tile(32, 32, 64, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
-        return tile(128, 64, part_of(D), D, num_warps=8, num_stages=3 if D <= 128 else 2)
+        part = 32 if D <= 64 else part_of(D)  # sm_100 spills at 64
+        return tile(128, 64, part, D, num_warps=8, num_stages=3 if D <= 128 else 2)
     if D <= 64:
-        return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, num_stages=3)
+        return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, num_stages=3, held=True)
     if D <= 128:
-        return tile(64, 32, 128, D) if dropout else tile(128, 32, 64, D)
+        if dropout:
+            return tile(64, 32, 128, D)
+        return tile(128, 32, 64, D) if shared_memory >= DATA_CENTRE_SHARED_MEMORY else tile(64, 64, 64, D)
     return tile(64, 16, 64, D)
 
 
@@ -67,31 +77,34 @@ def query_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout
         return tile(32, 32 if D <= 128 else 16, 64, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
         return tile(128 if D <= 128 else 64, 64, part_of(D), D, num_warps=8)
+    if D <= 64:
+        return tile(128, 32, 64, D, held=not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY)
     if D <= 128:
-        return tile(64 if dropout and D > 64 else 128, 32, 64, D)
+        return tile(128 if not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY else 64, 32, 64, D)
     return tile(64, 16, 64, D)
 
 
 @functools.cache
-def key_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
+def key_gradient_tiles(
+    dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False, atomics: bool = False
+) -> dict[str, Any]:
     """Tile of dk and dv. Both have D columns: above 64, 16 rows a warp; above 128 a warp has part of the columns instead."""
     if dtype == torch.float32:
         return tile(32 if D <= 128 else 16, 32, 64, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
-        return tile(64 if D <= 64 else 32, 128 if D <= 128 else 64, part_of(D), D, num_warps=8)
+        if D > 128:
+            return tile(16, 64, 128, D, num_warps=8)
+        return tile(64 if D <= 64 else 32, 128, part_of(D), D, num_warps=8)
     if D <= 64:
-        return tile(32, 64 if dropout else 128, 64, D)
+        if dropout:
+            return tile(32, 64, 64, D)
+        return tile(32 if shared_memory >= DATA_CENTRE_SHARED_MEMORY else 16, 128, 64, D)
     if D <= 128:
-        return tile(16, 64, 128, D) if dropout else tile(32, 128, part_of(D), D, num_warps=8)
+        if dropout:
+            return tile(16, 64, 128, D)
+        held = shared_memory >= DATA_CENTRE_SHARED_MEMORY and not atomics
+        return tile(32 if held else 16, 128, part_of(D), D, num_warps=8, held=held)
     return tile(64, 16, 64, D)
-
-
-@functools.cache
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that a block of the device may have."""
-    if device.type != "cuda":
-        return DEFAULT_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def needs_int64(*strides: Strides) -> bool:
@@ -141,15 +154,15 @@ def forward_plan(
     """Of attention_forward_kernel; strides of q, k and v."""
     B, H, T, D = shape
     unit = unit_of(dtype, strides)
-    tiles = forward_tiles(dtype, D, shared_memory_of(device), dropout_p > 0.0)
+    tiles = forward_tiles(dtype, D, limits(device).shared_memory, dropout_p > 0.0)
     int64 = force_int64 or needs_int64(*strides, (0, 0, H * D, 1))
     # A scale of 0 would make NaN of the mask's -inf.
     numbers = (
         *(stride // unit for each in strides for stride in each[:2]), H, T, S, max(scale, 1e-30),
         *dropout_arguments(dropout_p),
-        *(each[2] for each in strides),
+        *(each[2] for each in strides), H * D,
     )  # fmt: skip
-    return B * H * -(-T // tiles["BLOCK_M"]), numbers, constants_of(tiles, shape, S, unit, dropout_p, int64, tf32)
+    return (B * H * -(-T // tiles["BLOCK_M"]),), numbers, constants_of(tiles, shape, S, unit, dropout_p, int64, tf32)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,7 +173,7 @@ def backward_plans(
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Of the kernel that leaves the rows' terms and of key_gradient_kernel; strides of dout, q, k, v, out, dq and dk."""
     B, H, T, D = shape
-    unit, memory = unit_of(dtype, strides), shared_memory_of(device)
+    unit, memory = unit_of(dtype, strides), limits(device).shared_memory
     int64 = force_int64 or needs_int64(*strides)
     scalars = (H, T, S, scale, *dropout_arguments(dropout_p))
 
@@ -169,7 +182,7 @@ def backward_plans(
         return flat, tuple(strides[i][2] for i in which)
 
     row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
-    key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
+    key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0, atomics)
     row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
     if atomics:
         flat, token = strides_of(0, 4)
@@ -185,22 +198,18 @@ def backward_plans(
     else:
         flat, token = strides_of(0, 1, 2, 3, 4, 5)
         numbers = (*flat, *scalars, *token)
-    rows = B * H * -(-T // row_constants["BLOCK_M"]), numbers, row_constants
+    rows = (B * H * -(-T // row_constants["BLOCK_M"]),), numbers, row_constants
     flat, token = strides_of(0, 1, 2, 3, 6)
-    key_constants = constants_of(key_tiles, shape, S, unit, dropout_p, int64, tf32) | {"ATOMICS": atomics}
-    return rows, (B * H * -(-S // key_tiles["BLOCK_N"]), (*flat, *scalars, *token), key_constants)
+    key_constants = constants_of(key_tiles, shape, S, unit, dropout_p, int64, tf32)
+    # Beside held operands there is room for scores of 16 rows.
+    key_constants |= {"ATOMICS": atomics, "ROWS": 16 if key_tiles["HELD"] else key_tiles["BLOCK_M"]}
+    return rows, ((B * H * -(-S // key_tiles["BLOCK_N"]),), (*flat, *scalars, *token), key_constants)
 
 
-def launch(kernel: Any, plan: Plan, device: torch.device, tensors: tuple[Tensor, ...]) -> None:
-    """Run the kernel on the tensors' device, which need not be the current one."""
-    programs, numbers, constants = plan
-    if programs == 0:
-        return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*tensors, *numbers, **constants)
-    else:
-        kernel[(programs,)](*tensors, *numbers, **constants)
+def run(kernel: Any, plan: Plan, device: torch.device, *tensors: Tensor) -> None:
+    """Launch by plan."""
+    grid, numbers, constants = plan
+    launch(kernel, grid, device, *tensors, *numbers, **constants)
 
 
 def allow_tf32(dtype: torch.dtype) -> bool:
@@ -220,7 +229,7 @@ def forward_into(
     plan = forward_plan(
         dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype)
     )  # fmt: skip
-    launch(attention_forward_kernel, plan, device, (q, k, v, out, stats, q if seed is None else seed))
+    run(attention_forward_kernel, plan, device, q, k, v, out, stats, q if seed is None else seed)
     return stats
 
 
@@ -252,12 +261,12 @@ def backward_into(
     terms = q.new_empty((B, H, 3 if dtype == torch.float32 else 2, T), dtype=torch.float32)
     seed = q if seed is None else seed
     if not atomics:
-        launch(query_gradient_kernel, rows, device, (dout, q, k, v, out, stats, terms, dq, seed))
-        launch(key_gradient_kernel, keys, device, (dout, q, k, v, terms, dq, dk, dv, seed))
+        run(query_gradient_kernel, rows, device, dout, q, k, v, out, stats, terms, dq, seed)
+        run(key_gradient_kernel, keys, device, dout, q, k, v, terms, dq, dk, dv, seed)
         return
     dq_sum = q.new_zeros((B, H, T, D), dtype=torch.float32)
-    launch(row_terms_kernel, rows, device, (dout, out, stats, terms))
-    launch(key_gradient_kernel, keys, device, (dout, q, k, v, terms, dq_sum, dk, dv, seed))
+    run(row_terms_kernel, rows, device, dout, out, stats, terms)
+    run(key_gradient_kernel, keys, device, dout, q, k, v, terms, dq_sum, dk, dv, seed)
     dq.copy_(dq_sum.mul_(scale))
 
 

@@ -10,6 +10,7 @@ from gptkernels.ops.attention.triton_forward import (
     add_product,
     dropout_keep,
     head_of,
+    held,
     inner_product,
     load_tile,
     row_offsets,
@@ -55,10 +56,10 @@ def store_terms(terms_ptr, bh, m, T, shift, log_sum, delta, EXACT: tl.constexpr)
 
 
 @triton.jit
-def load_term(terms_ptr, rows, T, CHECK_T: tl.constexpr):
-    """One of the terms; beyond T, where q and dout are 0, terms of 0 make the weight 1 and its gradients 0."""
+def load_term(terms_ptr, rows, T, beyond: tl.constexpr, CHECK_T: tl.constexpr):
+    """One of the terms, `beyond` from row T on."""
     if CHECK_T:
-        return tl.load(terms_ptr + rows, mask=rows < T, other=0.0)
+        return tl.load(terms_ptr + rows, mask=rows < T, other=beyond)
     return tl.load(terms_ptr + rows)
 
 
@@ -72,11 +73,9 @@ def query_gradient_keys(
     """dq += dS K over the keys [first, last)."""
     BLOCK_M: tl.constexpr = q[0].shape[0]
     EXACT: tl.constexpr = q[0].dtype == tl.float32
-    k_at = row_offsets(BLOCK_N, stride_kt, INT64)
-    v_at = row_offsets(BLOCK_N, stride_vt, INT64)
     for n in range(first, last, BLOCK_N):
-        k = load_tile(k_ptr, n, stride_kt, k_at, S, MASKED and CHECK_S, D, WIDTHS)
-        v = load_tile(v_ptr, n, stride_vt, v_at, S, MASKED and CHECK_S, D, WIDTHS)
+        k = load_tile(k_ptr, n, stride_kt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
+        v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
         scores = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION)
         p = weights(scores, shift[:, None], log_sum[:, None], scale_log2, EXACT)
         dp = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), dout, v, PRECISION)
@@ -101,7 +100,8 @@ def query_gradient_kernel(
     stride_vb, stride_vh, stride_ob, stride_oh, stride_dqb, stride_dqh,
     H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr,
     stride_vt: tl.constexpr, stride_ot: tl.constexpr, stride_dqt: tl.constexpr,
-    D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HELD: tl.constexpr,
+    UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention backward, first of two kernels: dq (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
@@ -123,8 +123,8 @@ def query_gradient_kernel(
     dout_ptr = head_of(dout_ptr, stride_gb, stride_gh, UNIT, b, h)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
-    out = load_tile(out_ptr, m, stride_ot, row_offsets(BLOCK_M, stride_ot, INT64), T, CHECK_T, D, WIDTHS)
-    dout = load_tile(dout_ptr, m, stride_gt, row_offsets(BLOCK_M, stride_gt, INT64), T, CHECK_T, D, WIDTHS)
+    out = load_tile(out_ptr, m, stride_ot, BLOCK_M, T, CHECK_T, D, WIDTHS, INT64)
+    dout = load_tile(dout_ptr, m, stride_gt, BLOCK_M, T, CHECK_T, D, WIDTHS, INT64)
     EXACT: tl.constexpr = dout[0].dtype == tl.float32
     scale_log2 = scale * LOG2E
     shift, log_sum, delta = row_terms(dout, out, stats_ptr, bh, m, T, scale_log2, BLOCK_M, EXACT)
@@ -136,7 +136,9 @@ def query_gradient_kernel(
         log_sum = tl.where(alone, float("inf"), log_sum)
     else:
         shift = tl.where(alone, float("inf"), shift)
-    q = load_tile(q_ptr, m, stride_qt, row_offsets(BLOCK_M, stride_qt, INT64), T, CHECK_T, D, WIDTHS)
+    q = load_tile(q_ptr, m, stride_qt, BLOCK_M, T, CHECK_T, D, WIDTHS, INT64)
+    if HELD:
+        q, dout = held(q), held(dout)
     dq = zeros(BLOCK_M, WIDTHS)
     free = tl.maximum(m + offset + 1, 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(m + BLOCK_M + offset, S)
@@ -154,47 +156,62 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def key_gradient_rows(
+    dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, m, n, b, h, T, offset, scale_log2, seed,
+    threshold, keep_scale, stride_qt: tl.constexpr, stride_gt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr, MASKED: tl.constexpr,
+    CHECK_T: tl.constexpr, DROPOUT: tl.constexpr, ATOMICS: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk += dS^T Q and dv += P^T dout over the queries [m, m + ROWS); with ATOMICS also dq += dS K."""
+    BLOCK_N: tl.constexpr = k[0].shape[0]
+    EXACT: tl.constexpr = k[0].dtype == tl.float32
+    q = load_tile(q_ptr, m, stride_qt, ROWS, T, CHECK_T, D, WIDTHS, INT64)
+    dout = load_tile(dout_ptr, m, stride_gt, ROWS, T, CHECK_T, D, WIDTHS, INT64)
+    rows = m + tl.arange(0, ROWS)
+    # Beyond T, where the last row stands in the tile, the last of the terms makes the weight 0.
+    shift = load_term(terms_ptr, rows, T, 0.0 if EXACT else float("inf"), CHECK_T)
+    delta = load_term(terms_ptr + T, rows, T, 0.0, CHECK_T)
+    log_sum = load_term(terms_ptr + 2 * T, rows, T, float("inf"), CHECK_T) if EXACT else shift
+    scores = inner_product(tl.zeros((BLOCK_N, ROWS), tl.float32), k, q, PRECISION)
+    p = weights(scores, shift[None, :], log_sum[None, :], scale_log2, EXACT)
+    if MASKED:
+        row = (m + offset + tl.arange(0, ROWS))[None, :]
+        p = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= row, p, 0.0)
+    dp = inner_product(tl.zeros((BLOCK_N, ROWS), tl.float32), v, dout, PRECISION)
+    if DROPOUT:
+        keep = tl.trans(dropout_keep(seed, threshold, b, h, m + offset, ROWS, n, BLOCK_N))
+        dv = add_product(dv, tl.where(keep, p, 0.0), dout, PRECISION)
+        ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta[None, :])
+    else:
+        dv = add_product(dv, p, dout, PRECISION)
+        ds = p * (dp - delta[None, :])
+    ds = ds.to(q[0].dtype)
+    dk = add_product(dk, ds, q, PRECISION)
+    if ATOMICS:
+        dq = add_product(zeros(ROWS, WIDTHS), tl.trans(ds), k, PRECISION)
+        at = dq_ptr + (rows.to(tl.int64) * D)[:, None]
+        inside = (rows < T)[:, None]
+        for i in tl.static_range(len(WIDTHS)):
+            d = i * WIDTHS[0] + tl.arange(0, WIDTHS[i])[None, :]
+            tl.atomic_add(at + d, dq[i], mask=inside & (d < D), sem="relaxed")
+    return dk, dv
+
+
+@triton.jit
 def key_gradient_queries(
     dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, first, last, n, b, h, T, offset, scale_log2, seed,
     threshold, keep_scale, stride_qt: tl.constexpr, stride_gt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
     CHECK_T: tl.constexpr, DROPOUT: tl.constexpr, ATOMICS: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk += dS^T Q and dv += P^T dout over the queries [first, last); with ATOMICS also dq += dS K."""
-    BLOCK_N: tl.constexpr = k[0].shape[0]
-    EXACT: tl.constexpr = k[0].dtype == tl.float32
-    q_at = row_offsets(BLOCK_M, stride_qt, INT64)
-    dout_at = row_offsets(BLOCK_M, stride_gt, INT64)
+    """dk and dv over the queries [first, last), ROWS at a time."""
     for m in range(first, last, BLOCK_M):
-        q = load_tile(q_ptr, m, stride_qt, q_at, T, CHECK_T, D, WIDTHS)
-        dout = load_tile(dout_ptr, m, stride_gt, dout_at, T, CHECK_T, D, WIDTHS)
-        rows = m + tl.arange(0, BLOCK_M)
-        shift = load_term(terms_ptr, rows, T, CHECK_T)
-        delta = load_term(terms_ptr + T, rows, T, CHECK_T)
-        log_sum = load_term(terms_ptr + 2 * T, rows, T, CHECK_T) if EXACT else shift
-        scores = inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), k, q, PRECISION)
-        p = weights(scores, shift[None, :], log_sum[None, :], scale_log2, EXACT)
-        if MASKED:
-            row = (m + offset + tl.arange(0, BLOCK_M))[None, :]
-            p = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= row, p, 0.0)
-        if DROPOUT:
-            keep = tl.trans(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N))
-            dv = add_product(dv, tl.where(keep, p, 0.0), dout, PRECISION)
-            dp = inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), v, dout, PRECISION)
-            ds = p * (tl.where(keep, dp * keep_scale, 0.0) - delta[None, :])
-        else:
-            dp = inner_product(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), v, dout, PRECISION)
-            dv = add_product(dv, p, dout, PRECISION)
-            ds = p * (dp - delta[None, :])
-        ds = ds.to(q[0].dtype)
-        dk = add_product(dk, ds, q, PRECISION)
-        if ATOMICS:
-            dq = add_product(zeros(BLOCK_M, WIDTHS), tl.trans(ds), k, PRECISION)
-            at = dq_ptr + (rows.to(tl.int64) * D)[:, None]
-            inside = (rows < T)[:, None]
-            for i in tl.static_range(len(WIDTHS)):
-                d = i * WIDTHS[0] + tl.arange(0, WIDTHS[i])[None, :]
-                tl.atomic_add(at + d, dq[i], mask=inside & (d < D), sem="relaxed")
+        for i in tl.static_range(BLOCK_M // ROWS):
+            dk, dv = key_gradient_rows(
+                dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, m + i * ROWS, n, b, h, T, offset, scale_log2, seed,
+                threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, ROWS, MASKED, CHECK_T, DROPOUT, ATOMICS, INT64,
+                PRECISION,
+            )  # fmt: skip
     return dk, dv
 
 
@@ -208,7 +225,7 @@ def key_gradient_kernel(
     stride_vb, stride_vh, stride_dkb, stride_dkh,
     H, T, S, scale, threshold, keep_scale, stride_gt: tl.constexpr, stride_qt: tl.constexpr, stride_kt: tl.constexpr,
     stride_vt: tl.constexpr, stride_dkt: tl.constexpr,
-    D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, ATOMICS: tl.constexpr, INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -233,8 +250,10 @@ def key_gradient_kernel(
     dq_ptr += bh.to(tl.int64) * T * D
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
-    k = load_tile(k_ptr, n, stride_kt, row_offsets(BLOCK_N, stride_kt, INT64), S, CHECK_S, D, WIDTHS)
-    v = load_tile(v_ptr, n, stride_vt, row_offsets(BLOCK_N, stride_vt, INT64), S, CHECK_S, D, WIDTHS)
+    k = load_tile(k_ptr, n, stride_kt, BLOCK_N, S, CHECK_S, D, WIDTHS, INT64)
+    v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, CHECK_S, D, WIDTHS, INT64)
+    if HELD:
+        k, v = held(k), held(v)
     dk = zeros(BLOCK_N, WIDTHS)
     dv = zeros(BLOCK_N, WIDTHS)
     # No row before `first` sees any key of the block; every row from `free` on sees all of them.
@@ -242,12 +261,12 @@ def key_gradient_kernel(
     free = tl.minimum(tl.cdiv(tl.maximum(n + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M, T)
     dk, dv = key_gradient_queries(
         dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, first, free, n, b, h, T, offset, scale * LOG2E, seed,
-        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, True, CHECK_T, DROPOUT, ATOMICS, INT64,
+        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, ROWS, True, CHECK_T, DROPOUT, ATOMICS, INT64,
         PRECISION,
     )  # fmt: skip
     dk, dv = key_gradient_queries(
         dk, dv, k, v, q_ptr, dout_ptr, terms_ptr, dq_ptr, free, T, n, b, h, T, offset, scale * LOG2E, seed,
-        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, False, CHECK_T, DROPOUT, ATOMICS, INT64,
+        threshold, keep_scale, stride_qt, stride_gt, D, WIDTHS, BLOCK_M, ROWS, False, CHECK_T, DROPOUT, ATOMICS, INT64,
         PRECISION,
     )  # fmt: skip
     at = row_offsets(BLOCK_N, stride_dkt, INT64)
@@ -266,8 +285,8 @@ def row_terms_kernel(
     bh, m = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     out_ptr = head_of(out_ptr, stride_ob, stride_oh, UNIT, bh // H, bh % H)
     dout_ptr = head_of(dout_ptr, stride_gb, stride_gh, UNIT, bh // H, bh % H)
-    out = load_tile(out_ptr, m, stride_ot, row_offsets(BLOCK_M, stride_ot, INT64), T, True, D, WIDTHS)
-    dout = load_tile(dout_ptr, m, stride_gt, row_offsets(BLOCK_M, stride_gt, INT64), T, True, D, WIDTHS)
+    out = load_tile(out_ptr, m, stride_ot, BLOCK_M, T, True, D, WIDTHS, INT64)
+    dout = load_tile(dout_ptr, m, stride_gt, BLOCK_M, T, True, D, WIDTHS, INT64)
     EXACT: tl.constexpr = dout[0].dtype == tl.float32
     shift, log_sum, delta = row_terms(dout, out, stats_ptr, bh, m, T, scale * LOG2E, BLOCK_M, EXACT)
     store_terms(terms_ptr, bh, m, T, shift, log_sum, delta, EXACT)

@@ -24,24 +24,28 @@ def row_offsets(rows: tl.constexpr, stride, int64: tl.constexpr):
 
 
 @triton.jit
-def load_part(at, inside, check: tl.constexpr, start: tl.constexpr, width: tl.constexpr, D: tl.constexpr):
+def load_part(at, start: tl.constexpr, width: tl.constexpr, D: tl.constexpr):
     """Columns [start, start + width) of a tile, 0 beyond D."""
     d = start + tl.arange(0, width)[None, :]
-    if start + width > D:
-        return tl.load(at + d, mask=inside & (d < D), other=0.0)
-    if check:
-        return tl.load(at + d, mask=inside, other=0.0)
-    return tl.load(at + d)
+    return tl.load(at + d, mask=d < D, other=0.0) if start + width > D else tl.load(at + d)
 
 
 @triton.jit
-def load_tile(ptr, first, stride, offsets, limit, check: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr):
-    """Rows first.. of a head as a tuple of WIDTHS columns each; 0 beyond D and, where `check`, beyond row `limit`."""
-    at = ptr + tl.cast(first, tl.int64) * stride + offsets
-    inside = (first + tl.arange(0, offsets.shape[0]) < limit)[:, None] if check else True
-    parts = (load_part(at, inside, check, 0, WIDTHS[0], D),)
+def load_tile(
+    ptr, first, stride: tl.constexpr, rows: tl.constexpr, limit, check: tl.constexpr, D: tl.constexpr,
+    WIDTHS: tl.constexpr, int64: tl.constexpr,
+):  # fmt: skip
+    """Rows first.. of a head as a tuple of WIDTHS columns each; 0 beyond D and, where `check`, row limit - 1 from there on.
+
+    A repeated row costs fewer registers than a mask; whoever checks makes sure that nothing comes of it.
+    """
+    i = tl.arange(0, rows)[:, None]
+    if check:
+        i = tl.minimum(i, limit - 1 - first)
+    at = ptr + tl.cast(first, tl.int64) * stride + (i.to(tl.int64) if int64 else i) * stride
+    parts = (load_part(at, 0, WIDTHS[0], D),)
     for i in tl.static_range(1, len(WIDTHS)):
-        parts = parts + (load_part(at, inside, check, i * WIDTHS[0], WIDTHS[i], D),)
+        parts = parts + (load_part(at, i * WIDTHS[0], WIDTHS[i], D),)
     return parts
 
 
@@ -93,6 +97,18 @@ def inner_product(sums, x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def held(tile):
+    """The tile in registers, in the layout of a product's sums, which is that of a left operand."""
+    rows: tl.constexpr = tile[0].shape[0]
+    parts = ()
+    for i in tl.static_range(len(tile)):
+        a = tl.zeros((rows, 16), tile[0].dtype)
+        b = tl.zeros((16, tile[i].shape[1]), tile[0].dtype)
+        parts = parts + (tl.dot(a, b, tile[i].to(tl.float32)).to(tile[0].dtype),)
+    return parts
+
+
+@triton.jit
 def add_product(acc, weights, x, PRECISION: tl.constexpr):
     """acc + weights x, part by part."""
     weights = weights.to(x[0].dtype)
@@ -140,10 +156,8 @@ def forward_keys(
     """Online softmax over the keys [first, last)."""
     BLOCK_M: tl.constexpr = q[0].shape[0]
     EXACT: tl.constexpr = q[0].dtype == tl.float32
-    k_at = row_offsets(BLOCK_N, stride_kt, INT64)
-    v_at = row_offsets(BLOCK_N, stride_vt, INT64)
     for n in range(first, last, BLOCK_N):
-        k = load_tile(k_ptr, n, stride_kt, k_at, S, MASKED and CHECK_S, D, WIDTHS)
+        k = load_tile(k_ptr, n, stride_kt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
         scores = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION)
         if MASKED:
             seen = (n + tl.arange(0, BLOCK_N))[None, :] <= (m + offset + tl.arange(0, BLOCK_M))[:, None]
@@ -157,7 +171,8 @@ def forward_keys(
         row_sum = row_sum * alpha[:, None] + lane_sums(p)
         if DROPOUT:
             p = tl.where(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N), p, 0.0)
-        v = load_tile(v_ptr, n, stride_vt, v_at, S, MASKED and CHECK_S, D, WIDTHS)
+        # A key beyond S, of which the last one stands in the tile, has the weight 0 in every row that is stored.
+        v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
         acc = add_product(scaled(acc, alpha[:, None]), p, v, PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -171,7 +186,8 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, seed_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     H, T, S, scale, threshold, keep_scale, stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr,
-    D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    stride_ot: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HELD: tl.constexpr, UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention forward with online softmax (Dao 2023, arXiv 2307.08691).
@@ -194,7 +210,9 @@ def attention_forward_kernel(
     v_ptr = head_of(v_ptr, stride_vb, stride_vh, UNIT, b, h)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
-    q = load_tile(q_ptr, m, stride_qt, row_offsets(BLOCK_M, stride_qt, INT64), T, CHECK_T, D, WIDTHS)
+    q = load_tile(q_ptr, m, stride_qt, BLOCK_M, T, CHECK_T, D, WIDTHS, INT64)
+    if HELD:
+        q = held(q)
     acc = zeros(BLOCK_M, WIDTHS)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M, 8), tl.float32)
@@ -213,9 +231,12 @@ def attention_forward_kernel(
     row_sum = tl.sum(row_sum, 1)
     empty = row_sum == 0.0
     out = scaled(acc, (keep_scale / tl.where(empty, 1.0, row_sum))[:, None])
-    out_ptr += (b.to(tl.int64) * T * H + h) * D
-    store_tile(out_ptr, m, H * D, row_offsets(BLOCK_M, H * D, INT64), T, CHECK_T, D, out)
+    out_ptr += b.to(tl.int64) * T * stride_ot + h * D
+    store_tile(out_ptr, m, stride_ot, row_offsets(BLOCK_M, stride_ot, INT64), T, CHECK_T, D, out)
     rows = m + tl.arange(0, BLOCK_M)
     stats = tl.join(tl.where(empty, 0.0, row_max), row_sum)
     at = stats_ptr + bh.to(tl.int64) * T * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(at, stats, mask=(rows < T)[:, None])
+    if CHECK_T:
+        tl.store(at, stats, mask=(rows < T)[:, None])
+    else:
+        tl.store(at, stats)

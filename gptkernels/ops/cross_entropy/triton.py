@@ -19,12 +19,12 @@ Deterministic: one program a row, sums in fixed order, no atomics.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gptkernels.triton_launch import launch
 
 # A chunk of this many logits, 2048 rows of GPT-2's vocabulary: 206 MB in bfloat16. Each chunk reads and writes the fp32
 # sums of dW once, 0.3 GB there: an eighth of the time that the products of 2048 rows take on an A100 or H100, and half
@@ -158,13 +158,6 @@ def tiles(itemsize: int) -> dict[str, int]:
     return {"UNROLL": 2 * itemsize, "THREADS": 256, "VECTOR": 16 // itemsize, "num_warps": 8}
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make x's device the current one, which is where Triton launches; entering it costs 3 us, so only where needed."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
-
-
 def add_product(sums: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
     """sums = beta sums + a b; the factors may be 16-bit beside fp32 sums."""
     if a.dtype == sums.dtype:
@@ -183,7 +176,8 @@ def round_up(n: int, multiple: int) -> int:
 def count_targets(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     """(1,) number of targets that count, on their device; raises where one is out of range (see forward below)."""
     counts = targets.new_empty((2,))
-    count_kernel[(1,)](targets, counts, targets.shape[0], vocab_size, IGNORE=ignore_index, BLOCK=2048, num_warps=8)
+    constants = {"IGNORE": ignore_index, "BLOCK": 2048, "num_warps": 8}
+    launch(count_kernel, (1,), targets.device, targets, counts, targets.shape[0], vocab_size, **constants)
     message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
     torch._assert_async(counts[1] == 0, message)
     return counts[:1]
@@ -215,7 +209,10 @@ def cross_entropy(
         chunk = slice(begin, min(N, begin + rows))
         logits = buffer[: chunk.stop - begin, :width]
         torch.mm(x[chunk], weight.t(), out=logits)
-        cross_entropy_kernel[(logits.shape[0],)](
+        launch(
+            cross_entropy_kernel,
+            (logits.shape[0],),
+            x.device,
             logits,
             targets[chunk],
             losses[chunk],
@@ -244,11 +241,8 @@ def linear_cross_entropy_forward(
     A target out of range raises RuntimeError on the CPU. On a GPU, which is not waited for, it is a device-side
     assertion, as PyTorch's own: the process's next synchronisation raises, and its CUDA context is lost.
     """
-    with on_device_of(x):
-        loss, _ = cross_entropy(
-            x.contiguous(), weight.contiguous(), targets.contiguous(), ignore_index, mean, vocab_size, None, None
-        )
-    return loss
+    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
+    return cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, None, None)[0]
 
 
 def linear_cross_entropy_gradients(
@@ -261,10 +255,9 @@ def linear_cross_entropy_gradients(
     x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
     dx = torch.empty_like(x, dtype=torch.float32)
     sums = torch.zeros_like(weight, dtype=torch.float32)
-    with on_device_of(x):
-        loss, used = cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, dx, sums)
-        if mean and x.dtype == torch.float16:
-            factor = 1.0 / used.clamp(min=1)
-            dx.mul_(factor)
-            sums.mul_(factor)
+    loss, used = cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, dx, sums)
+    if mean and x.dtype == torch.float16:
+        factor = 1.0 / used.clamp(min=1)
+        dx.mul_(factor)
+        sums.mul_(factor)
     return loss, dx, sums

@@ -18,13 +18,14 @@ kernel adds those in a fixed tree. No atomics or locks: the same bits every time
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gptkernels.triton_launch import launch, limits
 
 MaybeTensor = Tensor | None
 
@@ -319,19 +320,6 @@ def tiles(C: int, itemsize: int, backward: bool = False) -> dict[str, int]:
     return {**tile, "RELOAD": reload} if backward else tile
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Processors of the GPU; an A100's number where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make x's device the current one, which is where Triton launches; entering it costs 3 us, so only where needed."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
-
-
 def forward(
     x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float, dtype: torch.dtype,
     total: MaybeTensor,
@@ -346,8 +334,8 @@ def forward(
         return y, mean, rstd
     narrowest = min(x.element_size(), y.element_size(), 4 if residual is None else residual.element_size())
     tile = tiles(C, narrowest)
-    with on_device_of(x):
-        forward_kernel[(-(-N // tile["ROWS"]),)](x, residual, weight, bias, y, total, mean, rstd, N, eps, **tile)
+    grid = (-(-N // tile["ROWS"]),)
+    launch(forward_kernel, grid, x.device, x, residual, weight, bias, y, total, mean, rstd, N, eps, **tile)
     return y, mean, rstd
 
 
@@ -381,13 +369,14 @@ def layer_norm_backward(
     dweight = like.new_empty((0 if weight is None else C,))
     dbias = like.new_empty((C if has_bias else 0,))
     tile = tiles(C, min(dy.element_size(), x.element_size()), backward=True)
-    resident = processors(x.device) * max(1, BACKWARD_WARPS // tile["num_warps"])
+    device = x.device
+    # A processor more or less than a GPU has changes the order of the sums: without one, an A100's number.
+    processors = limits(device).processors if device.type == "cuda" else 108
+    resident = processors * max(1, BACKWARD_WARPS // tile["num_warps"])
     programs = max(1, min(resident, -(-N // (ROWS_A_PROGRAM * tile["ROWS"]))))
     sums = [x.new_empty((programs, C), dtype=torch.float32) if g.numel() else None for g in (dweight, dbias)]
-    with on_device_of(x):
-        backward_kernel[(programs,)](dy, dtotal, x, weight, mean, rstd, dx, *sums, N, **tile)
-        if sums[0] is not None or sums[1] is not None:
-            sum_kernel[(-(-C // SUM_COLUMNS),)](
-                *sums, dweight, dbias, programs, C=C, BLOCK_ROWS=SUM_ROWS, BLOCK_COLUMNS=SUM_COLUMNS, num_warps=4
-            )
+    launch(backward_kernel, (programs,), device, dy, dtotal, x, weight, mean, rstd, dx, *sums, N, **tile)
+    if sums[0] is not None or sums[1] is not None:
+        sum_tile = {"C": C, "BLOCK_ROWS": SUM_ROWS, "BLOCK_COLUMNS": SUM_COLUMNS, "num_warps": 4}
+        launch(sum_kernel, (-(-C // SUM_COLUMNS),), device, *sums, dweight, dbias, programs, **sum_tile)
     return dx, dweight, dbias

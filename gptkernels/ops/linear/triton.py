@@ -30,7 +30,8 @@ from torch import Tensor
 
 from gptkernels.ops.linear.choice import choose
 from gptkernels.ops.linear.triton_descriptors import accumulate_descriptors, describe
-from gptkernels.ops.linear.triton_tiles import limits, plan, vector
+from gptkernels.ops.linear.triton_tiles import plan, vector
+from gptkernels.triton_launch import launch, limits
 
 # For tests on small inputs: offsets within a tile in 64 bits, and tensor descriptors where the device has none. The MLP's
 # kernels, which stand on this file, follow them too.
@@ -254,7 +255,7 @@ def prepare(
     stride_a, stride_b = a.stride(0), b.stride(0)
     dtype, device = a.dtype, a.device
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    descriptors = (FORCE_DESCRIPTORS or limits(device)[2]) and (a.data_ptr() | b.data_ptr()) % 16 == 0
+    descriptors = (FORCE_DESCRIPTORS or limits(device).descriptors) and (a.data_ptr() | b.data_ptr()) % 16 == 0
     grid, constants = plan(
         M, N, K, stride_a, stride_b, a_along_k, b_along_k, dtype, device, tf32, FORCE_INT64, descriptors
     )
@@ -285,33 +286,27 @@ def launch_column_sums(x: Tensor, sums: Tensor, rows_each: int) -> None:
     (rows, N), stride = x.shape, x.stride(0)
     constants = {"VECTOR": vector(x, N, stride), "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 1}
     grid = (triton.cdiv(N, 64), max(sums.numel() // max(N, 1), 1))
-    run(column_sums_kernel, grid, x.device, x, sums, rows, rows_each, N, stride, **constants)
-
-
-def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch on the tensors' device, whichever is current; an empty grid is no launch."""
-    if 0 in grid:
-        return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
-    else:
-        kernel[grid](*arguments, **constants)
+    launch(column_sums_kernel, grid, x.device, x, sums, rows, rows_each, N, stride, **constants)
 
 
 def multiply(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, a_along_k: bool = True, b_along_k: bool = False
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    a_along_k: bool = True,
+    b_along_k: bool = False,
+    gemm: str | None = None,
 ) -> None:
-    """out = A B + bias, factors as in prepare(), by cuBLAS or by the kernel here; by cuBLAS only in one dtype."""
+    """out = A B + bias, factors as in prepare(), by `gemm` or what choose() says; by cuBLAS only in one dtype."""
     device = a.device
-    if (
-        out.dtype == a.dtype
-        and choose("plain", *product_sizes(a, b, a_along_k, b_along_k), a.dtype, device) == "cublas"
-    ):
+    if gemm is None:
+        gemm = choose("plain", *product_sizes(a, b, a_along_k, b_along_k), a.dtype, device)
+    if out.dtype == a.dtype and gemm == "cublas":
         cublas(a if a_along_k else a.t(), b.t() if b_along_k else b, bias, out)
     else:
         grid, factors, sizes, constants = prepare(a, b, a_along_k, b_along_k)
-        run(gemm_kernel, grid, device, *factors, bias, out, *sizes, **constants)
+        launch(gemm_kernel, grid, device, *factors, bias, out, *sizes, **constants)
 
 
 def product_sizes(a: Tensor, b: Tensor, a_along_k: bool, b_along_k: bool) -> tuple[int, int, int]:

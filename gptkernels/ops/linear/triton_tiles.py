@@ -9,21 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
-# What a program without a GPU (interpreter, static analysis) is tiled for: an A100's shared memory, one processor to fill.
-NO_GPU = (163 * 1024, 1, False)
-
-
-@lru_cache(maxsize=64)
-def limits(device: torch.device) -> tuple[int, int, bool]:
-    """(bytes of shared memory a program may use, processors, whether tensor descriptors become TMA)."""
-    if device.type != "cuda":
-        return NO_GPU
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major >= 9
+from gptkernels.triton_launch import limits
 
 
 def tiles(
-    dtype: torch.dtype, M: int, N: int, shared_memory: int, processors: int = 1, tf32: bool = False
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    shared_memory: int,
+    processors: int = 1,
+    tf32: bool = False,
+    descriptors: bool = False,
 ) -> dict[str, int]:
     """The tile, warps and stages of a GEMM.
 
@@ -35,6 +31,9 @@ def tiles(
         ladder = [(64, 64, 16, 4, 3)]
     elif dtype == torch.float32:
         ladder = [(128, 128, 32, 4, 3), (64, 64, 32, 4, 3)]
+    elif descriptors and shared_memory < 128 * 1024:
+        # sm_120 takes its operands through registers, and a TMA loop leaves fewer of them: 64 x 32 a warp.
+        ladder = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
     else:
         ladder = [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
     itemsize = dtype.itemsize
@@ -69,7 +68,7 @@ def plan(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a launch."""
     shared_memory, processors, _ = limits(device)
-    constants: dict[str, Any] = tiles(dtype, M, N, shared_memory, processors, tf32)
+    constants: dict[str, Any] = tiles(dtype, M, N, shared_memory, processors, tf32, descriptors)
     grid = (triton.cdiv(M, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"]),)
     vector = 16 // dtype.itemsize
     along = (stride_a, stride_b, N, K) if a_along_k else (stride_a, stride_b, N, K, M)

@@ -32,10 +32,10 @@ from gptkernels.ops.linear.triton import (
     multiply,
     output_tile,
     prepare,
-    run,
     tile_of,
 )
 from gptkernels.ops.linear.triton_tiles import vector
+from gptkernels.triton_launch import launch
 
 # The tile of a pass over memory without a product: 32 elements a thread.
 PASS_M, PASS_N = 16, 256
@@ -138,11 +138,14 @@ def gemm_gelu_kernel(
     )  # fmt: skip
     if bias_ptr is not None:
         h += load_bias(bias_ptr, col, N, BLOCK_N)[None, :]
-    # Half of the columns at a time, else registers overflow where the sums are in the first place (sm_90).
+    # A quarter of the columns at a time, else registers overflow (sm_90, where the sums are in them, and sm_100).
     left, right = halves(h, BLOCK_M, BLOCK_N)
-    finish_forward(left, h_ptr, g_ptr, row, col, M, N, TANH, VECTOR, INT64, BLOCK_M, BLOCK_N // 2)
-    col += BLOCK_N // 2
-    finish_forward(right, h_ptr, g_ptr, row, col, M, N, TANH, VECTOR, INT64, BLOCK_M, BLOCK_N // 2)
+    for half in tl.static_range(2):
+        first, second = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
+        at = col + half * (BLOCK_N // 2)
+        finish_forward(first, h_ptr, g_ptr, row, at, M, N, TANH, VECTOR, INT64, BLOCK_M, BLOCK_N // 4)
+        at += BLOCK_N // 4
+        finish_forward(second, h_ptr, g_ptr, row, at, M, N, TANH, VECTOR, INT64, BLOCK_M, BLOCK_N // 4)
 
 
 @triton.jit
@@ -296,16 +299,21 @@ def gelu_mlp_forward(
     y, h = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], F))
     x = as_rows(x)
     g, w_fc = x.new_empty((x.shape[0], F)), as_weight(w_fc, dtype)
-    if choose("gelu", x.shape[0], F, C, dtype, device) == "triton":
-        grid, factors, sizes, constants = prepare(x, w_fc, b_along_k=True)
-        run(gemm_gelu_kernel, grid, device, *factors, b_fc, h, g, *sizes, TANH=tanh, **constants)
-    else:
-        cublas(x, w_fc.t(), b_fc, h)
-        size = h.numel()
-        tiles = (triton.cdiv(size, PASS_M * PASS_N),)
-        run(gelu_kernel, tiles, device, h, g, size, TANH=tanh, VECTOR=vector(h, size), BLOCK=PASS_M * PASS_N)
+    gelu_forward(x, w_fc, b_fc, h, g, tanh, choose("gelu", x.shape[0], F, C, dtype, device))
     multiply(g, as_weight(w_proj, dtype), y, b_proj, b_along_k=True)
     return y, h
+
+
+def gelu_forward(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, h: Tensor, g: Tensor, tanh: bool, gemm: str) -> None:
+    """h = x W_fc^T + b_fc and g = gelu(h), by the one kernel or by cuBLAS and a pass."""
+    device = x.device
+    if gemm == "triton":
+        grid, factors, sizes, constants = prepare(x, w_fc, b_along_k=True)
+        launch(gemm_gelu_kernel, grid, device, *factors, b_fc, h, g, *sizes, TANH=tanh, **constants)
+        return
+    cublas(x, w_fc.t(), b_fc, h)
+    size, block = h.numel(), PASS_M * PASS_N
+    launch(gelu_kernel, (-(-size // block),), device, h, g, size, TANH=tanh, VECTOR=vector(h, size), BLOCK=block)
 
 
 def gelu_mlp_backward(
@@ -316,7 +324,9 @@ def gelu_mlp_backward(
     dx, dw_fc, dw_proj = x.new_empty(x.shape), w_fc.new_empty((F, C)), w_proj.new_empty((C, F))
     db_fc, db_proj = w_fc.new_empty((F if has_b_fc else 0,)), w_proj.new_empty((C if has_b_proj else 0,))
     dy, x = as_rows(dy), as_rows(x)
-    dh, g, sums = gelu_backward(dy, as_rows(h.contiguous()), as_weight(w_proj, x.dtype), has_b_fc, tanh)
+    h, w_proj = as_rows(h.contiguous()), as_weight(w_proj, x.dtype)
+    gemm = choose("gelu_backward", *h.shape, C, h.dtype, h.device)
+    dh, g, sums = gelu_backward(dy, h, w_proj, has_b_fc, tanh, gemm)
     multiply(dy, g, dw_proj, a_along_k=False)
     multiply(dh, x, dw_fc, a_along_k=False)
     multiply(dh, as_weight(w_fc, x.dtype), dx)
@@ -328,21 +338,21 @@ def gelu_mlp_backward(
 
 
 def gelu_backward(
-    dy: Tensor, h: Tensor, w_proj: Tensor, has_bias: bool, tanh: bool
+    dy: Tensor, h: Tensor, w_proj: Tensor, has_bias: bool, tanh: bool, gemm: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dh = (dy W_proj) * gelu'(h), g = gelu(h), and sums of dh over blocks of rows, if there is a bias to want them."""
     (M, F), device = h.shape, h.device
     dh, g = torch.empty_like(h), torch.empty_like(h)
-    if choose("gelu_backward", M, F, dy.shape[1], h.dtype, device) == "triton":
+    if gemm == "triton":
         grid, factors, sizes, constants = prepare(dy, w_proj)
         sums = partial_sums(h, constants["BLOCK_M"], has_bias)
-        run(gemm_gelu_backward_kernel, grid, device, *factors, h, dh, g, sums, *sizes, TANH=tanh, **constants)
+        launch(gemm_gelu_backward_kernel, grid, device, *factors, h, dh, g, sums, *sizes, TANH=tanh, **constants)
         return dh, g, sums
     torch.mm(dy, w_proj, out=dh)
     sums = partial_sums(h, PASS_ROWS, has_bias)
     constants = {"VECTOR": vector(h, F), "INT64": int64(F * PASS_M), "BLOCK_M": PASS_M, "BLOCK_N": PASS_N}
     tiles = (triton.cdiv(F, PASS_N), triton.cdiv(M, PASS_ROWS))
-    run(gelu_backward_kernel, tiles, device, dh, h, g, sums, M, F, TANH=tanh, ROWS=PASS_ROWS, **constants)
+    launch(gelu_backward_kernel, tiles, device, dh, h, g, sums, M, F, TANH=tanh, ROWS=PASS_ROWS, **constants)
     return dh, g, sums
 
 
