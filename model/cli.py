@@ -83,6 +83,7 @@ def make_parser() -> Parser:
     command(
         "kernels", "Triton's kernels compiled for GPUs, without one: registers, spills, tensor cores", passed_on, ""
     )
+    command("tune", "measure which GEMM is faster on this GPU, ours or cuBLAS, and keep the answer", passed_on, "")
     command("bench", "how fast is it, beside plain PyTorch and torch.compile?", passed_on, "")
     command("doctor", "device, toolchains, and which backends work here and why the others do not", doctor_command, "")
     sub = command("demo", "train, check, measure and sample in a few minutes", demo_command, "")
@@ -184,7 +185,7 @@ def passed_on(args: argparse.Namespace) -> int:
 
 
 def hand_over(command: str, argv: list[str]) -> int:
-    """Run `check`, `kernels` or `bench`, which parse their own arguments."""
+    """Run `check`, `kernels`, `tune` or `bench`, which parse their own arguments."""
     if command == "check":
         from model.equivalence import main as check
 
@@ -193,6 +194,10 @@ def hand_over(command: str, argv: list[str]) -> int:
         from gptkernels.static_table import main as kernels
 
         return kernels(argv)
+    if command == "tune":
+        from gptkernels.tune import main as tune
+
+        return tune(argv)
     try:
         from benchmarks.cli import main as bench
     except ModuleNotFoundError as error:
@@ -204,7 +209,7 @@ def hand_over(command: str, argv: list[str]) -> int:
 
 def dispatch(argv: list[str]) -> int:
     """Parse the command line and run its command."""
-    if argv and argv[0] in ("check", "kernels", "bench"):
+    if argv and argv[0] in ("check", "kernels", "tune", "bench"):
         return hand_over(argv[0], argv[1:])
     parser = make_parser()
     args, later = parser.parse_known_args(argv)  # argparse leaves words over that follow an option

@@ -53,18 +53,31 @@ def measurements_file() -> Path:
 @lru_cache(maxsize=1)
 def measurements() -> dict[str, dict[str, str]]:
     """Winners by device name, then by key()."""
+    return read_measurements()
+
+
+def read_measurements() -> dict[str, dict[str, str]]:
+    """What the file holds now."""
     path = measurements_file()
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"{path} is not JSON ({error}): delete it and run `gptkernels tune` again") from None
 
 
 def store_winner(product: str, M: int, N: int, K: int, dtype: torch.dtype, device_name: str, winner: str) -> None:
-    """Store a measured winner, "triton" or "cublas"; it holds from now on, in this process too."""
+    """Store a measured winner, "triton" or "cublas"; it holds from now on, in this process too.
+
+    The file is replaced as a whole: a reader sees the old one or the new one, also when this process is killed.
+    """
     if winner not in ("triton", "cublas"):
         raise ValueError(f"winner must be 'triton' or 'cublas', got {winner!r}")
-    stored = {name: dict(winners) for name, winners in measurements().items()}
+    stored = read_measurements()
     stored.setdefault(device_name, {})[key(product, M, N, K, dtype)] = winner
     path = measurements_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1, sort_keys=True))
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    new.replace(path)
     measurements.cache_clear()
     choose.cache_clear()

@@ -1,0 +1,115 @@
+"""`gptkernels tune`: which GEMM runs a GPT's products on this GPU, the kernels here or cuBLAS, by measurement.
+
+Opt-in: nothing is timed at any other time. Winners are stored for the device's name (ops/linear/choice.py says where) and
+hold until they are measured again, so one program does the same on every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gptkernels.ops.linear.choice import by_rule, measurements_file, store_winner
+
+Timer = Callable[[Callable[[], object]], float]
+GEMMS = ("triton", "cublas")
+# A winner must be this much faster than what the rule takes: less is noise, which would store another one each time.
+MARGIN = 0.03
+ROUNDS = 5
+
+
+def products(width: int, rows: int) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, M, N, K) of the products of a transformer block that choose() is asked about."""
+    hidden = 4 * width
+    for N, K in ((3 * width, width), (width, width), (width, hidden), (hidden, width)):
+        yield "plain", rows, N, K  # y = x W^T, and dx
+    # dW. That of the projection to q, k and v has the key of (hidden, width).
+    for M, N in ((width, width), (hidden, width), (width, hidden)):
+        yield "plain", M, N, rows
+    yield "gelu", rows, hidden, width
+    yield "gelu_backward", rows, hidden, width
+
+
+def candidate(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: str, gemm: str) -> Callable[[], object]:
+    """A call that runs the product once, its epilogue included."""
+    from gptkernels.ops.linear.triton import multiply
+    from gptkernels.ops.mlp.triton import gelu_backward, gelu_forward
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    a, out = make(M, K), make(M, N)
+    if product == "plain":
+        b = make(N, K)
+        return lambda: multiply(a, b, out, b_along_k=True, gemm=gemm)
+    if product == "gelu":
+        b, bias, g = make(N, K), make(N), make(M, N)
+        return lambda: gelu_forward(a, b, bias, out, g, True, gemm)
+    b = make(K, N)
+    return lambda: gelu_backward(a, out, b, True, True, gemm)
+
+
+def winner(times: dict[str, list[float]], rule: str) -> str:
+    """The faster one by median, if it is so by MARGIN; else the rule's."""
+    medians = {gemm: statistics.median(each) for gemm, each in times.items()}
+    best = min(medians, key=medians.__getitem__)
+    return best if medians[best] < (1.0 - MARGIN) * medians[rule] else rule
+
+
+def measure(
+    product: tuple[str, int, int, int], dtype: torch.dtype, device: str, timer: Timer
+) -> dict[str, list[float]]:
+    """Seconds of both, taken in turns, so that a drift of the clock meets both."""
+    calls = {gemm: candidate(*product, dtype, device, gemm) for gemm in GEMMS}
+    times: dict[str, list[float]] = {gemm: [] for gemm in GEMMS}
+    for _ in range(ROUNDS):
+        for gemm, call in calls.items():
+            times[gemm].append(timer(call))
+    return times
+
+
+def gpu_timer(call: Callable[[], object]) -> float:
+    """Seconds of a call on the GPU, the L2 cache flushed before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=50, return_mode="median")) / 1e3
+
+
+def tune(width: int, rows: int, dtype: torch.dtype, device: str, name: str, timer: Timer) -> Iterator[str]:
+    """Measure and store each product's winner; a line about each."""
+    for product in products(width, rows):
+        kind, M, N, K = product
+        times = measure(product, dtype, device, timer)
+        rule = by_rule(*product, dtype, torch.device(device))
+        chosen = winner(times, rule)
+        store_winner(*product, dtype, name, chosen)
+        figures = "  ".join(f"{gemm} {statistics.median(times[gemm]) * 1e6:8.1f} us" for gemm in GEMMS)
+        yield f"{kind:14} {M:6} x {N:6} x {K:6}  {figures}  -> {chosen}" + (
+            "" if chosen == rule else "  (not the rule's)"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; RuntimeError where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="gptkernels tune", description=__doc__)
+    parser.add_argument("--width", type=int, default=768, help="the model's width (default 768)")
+    parser.add_argument("--rows", type=int, default=8192, help="tokens of a batch (default 8192)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    options = parser.parse_args(argv)
+    if min(options.width, options.rows) < 1:
+        parser.error(f"--width and --rows must be at least 1, got {options.width} and {options.rows}")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "tune measures on an NVIDIA GPU, and torch sees none: run it where `gptkernels doctor` shows one; "
+            "until then the rule in gptkernels/ops/linear/choice.py decides"
+        )
+    name = torch.cuda.get_device_name()
+    print(f"{name}, {options.dtype}")
+    for line in tune(options.width, options.rows, getattr(torch, options.dtype), "cuda", name, gpu_timer):
+        print(line, flush=True)
+    print(f"stored in {measurements_file()}")
+    return 0
