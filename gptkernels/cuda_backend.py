@@ -6,6 +6,7 @@ than a GPU. It is for tests and study.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ import torch
 from gptkernels.library import LIBRARY, NAMES, SIMT
 
 FOLDER = Path(__file__).parent
+# Asked at every product of float32: torch's setting may change, also between two runs of a compiled graph.
+TF32_ALLOWED = ctypes.CFUNCTYPE(ctypes.c_bool)(lambda: torch.backends.cuda.matmul.allow_tf32)
 REBUILD = "`gptkernels doctor` shows the compiler's messages"
 
 
@@ -26,6 +29,7 @@ def load(name: str, remedy: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load: {error}: {remedy}"
+    ctypes.CDLL(str(path)).gptkernels_tf32_source(TF32_ALLOWED)
     return None
 
 

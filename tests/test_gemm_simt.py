@@ -90,3 +90,47 @@ def test_before_sm_80():
         assert torch.equal(linear(**inputs, backend="simt"), wanted)
         with pytest.raises(RuntimeError, match="bfloat16 products need a GPU of compute capability"):
             linear(**{name: x.bfloat16() for name, x in inputs.items()}, backend="simt")
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def rounded(x):
+    """To tf32: the nearest with 10 bits of mantissa, halves away from zero."""
+    return ((x.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).requires_grad_()
+
+
+@PROCESSORS
+@pytest.mark.parametrize("C_in, C_out", WIDTHS)
+def test_tf32_where_torch_allows_it(tf32, processors, C_in, C_out):
+    """On factors that are tf32 already nothing more is lost, and on others it is the product of the rounded ones."""
+    exact = linear_inputs(131, C_in, C_out, torch.float32, 3)
+    inputs = {"x": rounded(exact["x"]), "weight": rounded(exact["weight"]), "bias": exact["bias"]}
+    dout = rounded(draw((131, C_out), torch.float32, 4)).detach()
+    with simt.device(processors=processors):
+        ours, _ = results(partial(linear, backend="simt"), inputs, [dout])
+        check_equal(results(partial(linear, backend="simt"), exact, [dout])[0], ours)
+    truth, _ = results(
+        partial(linear, backend="reference"),
+        {n: x.detach().double().requires_grad_() for n, x in inputs.items()},
+        [dout.double()],
+    )
+    for name, right in truth.items():
+        assert (ours[name] - right).abs().max() <= 8 * torch.finfo(torch.float32).eps * right.abs().max(), name
+
+
+def test_tf32_is_not_taken_unasked():
+    inputs = linear_inputs(9, 40, 8, torch.float32, 0)
+    usual = linear(**inputs, backend="simt")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert not torch.equal(linear(**inputs, backend="simt"), usual)
+        with simt.device(75, 40, 64 * 1024):  # which has none
+            assert torch.equal(linear(**inputs, backend="simt"), usual)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.equal(linear(**inputs, backend="simt"), usual)

@@ -1,12 +1,13 @@
-// Matrix product of 16-bit numbers on tensor cores, sums in fp32, with an epilogue on the sums.
+// Matrix product on tensor cores, sums in fp32, with an epilogue (common/product.cuh) on the sums: of 16-bit numbers,
+// or of fp32 rounded to tf32.
 //
-// Tiling: a block owns BLOCK_M x BLOCK_N of C, a warp 16 M_TILES x 64 of it in registers (mma.sync m16n8k16). The block
-// walks along k in steps of 32; STAGES steps of both factors are in shared memory, all but one of them on their way
-// (cp.async, 16 bytes). Fragments (ldmatrix; .trans where a factor does not lie along k) are read half a step ahead of
-// the products that take them. At 64 x 64 a warp reads 8 fragments of 512 bytes for 32 mma: 1 cycle of shared memory an
-// mma, and its share of the copies half of one, where an mma takes 2 cycles of the tensor cores.
-// Bytes: (M K N/BLOCK_N + K N M/BLOCK_M + M N) * 2 from L2, flops 2 M N K: bound by the tensor cores from about K = 500
-// up. Deterministic: a warp sums its tile in the order of k.
+// Tiling: a block owns BLOCK_M x BLOCK_N of C, a warp 16 M_TILES x 64 of it in registers (mma.sync m16n8k16, m16n8k8).
+// The block walks along k, 32 (fp32: 16) at a time; STAGES steps of both factors are in shared memory, all but one of
+// them on their way (cp.async, 16 bytes). Fragments (ldmatrix; .trans where a factor does not lie along k) are read
+// half a step ahead of the products that take them. At 64 x 64 a warp reads 8 fragments of 512 bytes for 32 mma: 1
+// cycle of shared memory an mma, and its share of the copies half of one, where an mma takes 2 cycles of the tensor
+// cores. Bytes: (M K N/BLOCK_N + K N M/BLOCK_M + M N) * 2 from L2, flops 2 M N K: bound by the tensor cores from about
+// K = 500 up. Deterministic: a warp sums its tile in the order of k.
 //
 // Rows in memory must start on 16 bytes (common/product.cuh); linear_cuda.cu copies the factors that do not. That is
 // one pass over them, where loads of single elements would be repeated for each tile in a row or column of C.
@@ -28,35 +29,65 @@ struct GemmTile {
 using LargeTile = GemmTile<4, 2, 2>;  // 128 x 128
 using SmallTile = GemmTile<2, 2, 1>;  // 64 x 64, for more blocks than processors
 
-// A lane's row in a tile that ldmatrix_x4 reads, and the half, a packet, of each step of k that it takes. LEFT: the
-// order of the four matrices in which mma takes a left operand; the other order for right ones, two of them at a time.
+// What a lane reads of a tile for mma: 16 rows or columns by a step of k at a time, 4 registers. LEFT: in the order in
+// which mma takes a left operand; the other order for right ones, two of them at a time. ldmatrix_x4 reads one packet
+// of each lane's row; it does not transpose 32-bit numbers, which a lane then reads one by one.
 template <class T, int WIDTH, bool ALONG_K, bool LEFT>
 struct Fragments {
     using Layout = TileLayout<T, WIDTH, ALONG_K>;
-    static constexpr int STEP_K = 16;
+    static constexpr int STEP_K = 32 / sizeof(T);
 
     int at[ALONG_K ? BLOCK_K<T> / STEP_K : 4];
 
     DEVICE explicit Fragments(int first) {
         int lane = threadIdx.x % WARP;
-        bool straight = LEFT == ALONG_K;
-        int row = straight ? lane % 16 : lane % 8 + lane / 16 * 8, packet = straight ? lane / 16 : lane / 8 % 2;
-        UNROLL
-        for (int i = 0; i < (int)(sizeof at / sizeof at[0]); ++i)
-            at[i] = ALONG_K ? Layout::at(first + row, 2 * i + packet) : Layout::at(row, first / 8 + 2 * i + packet);
+        if constexpr (sizeof(T) == 4 && !ALONG_K) {
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                int column = first + 8 * i + lane / 4;
+                at[i] = Layout::at(lane % 4, column / 4) + column % 4;
+            }
+        } else {
+            bool straight = LEFT == ALONG_K;
+            int row = straight ? lane % 16 : lane % 8 + lane / 16 * 8, packet = straight ? lane / 16 : lane / 8 % 2;
+            UNROLL
+            for (int i = 0; i < (int)(sizeof at / sizeof at[0]); ++i)
+                at[i] = ALONG_K ? Layout::at(first + row, 2 * i + packet) : Layout::at(row, first / 8 + 2 * i + packet);
+        }
     }
 
-    // 16 rows or columns, the i-th ones of the warp, of a step.
+    // The i-th 16 rows or columns of the warp in a step.
     DEVICE void load(uint32_t (&r)[4], Shared<const T> tile, int i, int step) const {
-        if constexpr (ALONG_K) ldmatrix_x4(r, tile + (at[step] + i * 16 * Layout::ROW));
-        else ldmatrix_x4_trans(r, tile + (at[i] + step * STEP_K * Layout::ROW));
+        if constexpr (ALONG_K) {
+            ldmatrix_x4(r, tile + (at[step] + i * 16 * Layout::ROW));
+        } else if constexpr (sizeof(T) == 2) {
+            ldmatrix_x4_trans(r, tile + (at[i] + step * STEP_K * Layout::ROW));
+        } else {
+            UNROLL
+            for (int n = 0; n < 4; ++n) {
+                int eight = LEFT ? n % 2 : n / 2, four_k = LEFT ? n / 2 : n % 2;
+                int place = at[i % 2 * 2 + eight] + i / 2 * 32 + (step * STEP_K + 4 * four_k) * Layout::ROW;
+                r[n] = __float_as_uint(tile[place]);
+            }
+        }
+        if constexpr (sizeof(T) == 4) {
+            UNROLL
+            for (int n = 0; n < 4; ++n) r[n] = to_tf32(__uint_as_float(r[n]));
+        }
     }
 };
+
+// acc += a b for one step of k.
+template <class T>
+DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    if constexpr (sizeof(T) == 4) mma_m16n8k8_tf32(acc, a, b[0], b[1]);
+    else mma_m16n8k16<T>(acc, a, b[0], b[1]);
+}
 
 // The sums of a warp: acc[i][j] are 16 x 8, laid out as mma has them.
 template <class T, class Tile, bool A_ALONG_K, bool B_ALONG_K>
 DEVICE void accumulate(float (&acc)[Tile::M_TILES][8][4], const Product<T>& p, Place tile) {
-    constexpr int STAGES = Tile::STAGES, STEPS = BLOCK_K<T> / 16;
+    constexpr int STAGES = Tile::STAGES, STEPS = 2;
     constexpr int A_SIZE = Tile::BLOCK_M * BLOCK_K<T>, B_SIZE = Tile::BLOCK_N * BLOCK_K<T>;
     Shared<T> a_stages = dynamic_shared<T>(0, STAGES * A_SIZE);
     Shared<T> b_stages = dynamic_shared<T>(STAGES * A_SIZE * (int)sizeof(T), STAGES * B_SIZE);
@@ -105,10 +136,7 @@ DEVICE void accumulate(float (&acc)[Tile::M_TILES][8][4], const Product<T>& p, P
             UNROLL
             for (int i = 0; i < Tile::M_TILES; ++i) {
                 UNROLL
-                for (int j = 0; j < 8; ++j) {
-                    const uint32_t* right = b[step % 2][j / 2] + j % 2 * 2;
-                    mma_m16n8k16<T>(acc[i][j], a[step % 2][i], right[0], right[1]);
-                }
+                for (int j = 0; j < 8; ++j) multiply<T>(acc[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
             }
         }
         writing = reading;
@@ -120,6 +148,7 @@ template <class T, class Tile, bool A_ALONG_K, bool B_ALONG_K, class Epilogue>
 __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(Product<T> p, Epilogue epilogue) {
     using Layout = SumsLayout<Epilogue::WIDTH>;
     constexpr int SUMS = 16 * Layout::ROW;
+    if constexpr (!HAS_MMA<T>) return;
     Place place = place_of<Tile::BLOCK_M, Tile::BLOCK_N>((int)blockIdx.x, p.M, p.N);
     float acc[Tile::M_TILES][8][4] = {};
     accumulate<T, Tile, A_ALONG_K, B_ALONG_K>(acc, p, place);

@@ -27,6 +27,10 @@ Product<T> product_of(const DeviceProduct& p) {
 template <bool A_ALONG_K, bool B_ALONG_K, class Make>
 int launch_product(const char* name, const DeviceProduct& p, const Make& make, void* stream) {
     if (p.M == 0 || p.N == 0) return 1;
+    bool tf32 = p.type == Type::FLOAT32 && p.tf32 && device().capability >= 80;
+    if (tf32)
+        return launch_gemm<float, A_ALONG_K, B_ALONG_K>(name, product_of<float>(p), make.template operator()<float>(),
+                                                        stream);
     if (p.type == Type::FLOAT32)
         return launch_gemm_fp32<A_ALONG_K, B_ALONG_K>(name, product_of<float>(p), make.template operator()<float>(),
                                                       stream);

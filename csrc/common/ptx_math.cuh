@@ -1,6 +1,8 @@
 // Conversions, approximations and matrix products under nvcc (see common/device.cuh).
 #pragma once
 
+#include <type_traits>
+
 #include "common/number.cuh"
 
 namespace gptkernels {
@@ -99,6 +101,14 @@ DEVICE float rsqrt_approx(float x) {
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// Whether the architecture that is compiled for has products of T; launchers refuse the others, whose kernels are empty.
+template <class T>
+#if __CUDA_ARCH__ >= 800
+constexpr bool HAS_MMA = true;
+#else
+constexpr bool HAS_MMA = std::is_same_v<T, fp16>;
+#endif
 
 // acc += a b, a 16x16 (rows), b 16x8 (columns), acc 16x8, over a warp. With g = lane / 4 and t = lane % 4:
 //   a[0..3]  the two elements from column 2t on of (row g), (row g + 8), and from 2t + 8 on of (row g), (row g + 8)

@@ -35,6 +35,13 @@ inline Rows rows_for(const Tensor& x, Type type, void* stream) {
     return copy;
 }
 
+// Whether torch allows tf32 in products of float32 now.
+bool tf32_allowed();
+
+inline DeviceProduct product(Type type, int64_t M, int64_t N, int64_t K, DeviceFactor a, DeviceFactor b) {
+    return {type, M, N, K, a, b, type == Type::FLOAT32 && tf32_allowed()};
+}
+
 // The sums of the columns of dy, in like's dtype; empty if they are not wanted.
 inline Tensor bias_gradient(const Tensor& dy, const Tensor& like, int64_t columns, bool wanted, void* stream) {
     Tensor db = empty(like, {wanted ? columns : 0}, like.scalar_type());

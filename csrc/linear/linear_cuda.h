@@ -15,9 +15,10 @@ struct DeviceProduct {
     Type type;  // of both factors
     int64_t M, N, K;
     DeviceFactor a, b;
+    bool tf32;  // fp32 factors may be rounded to tf32, for the tensor cores
 };
 
-// C (M, N), contiguous, = A B + bias. fp32 sums are formed on the FMA units. C is in the factors' type or fp32, a bias
+// C (M, N), contiguous, = A B + bias. C is in the factors' type or fp32, a bias
 // in any. Both factors lie along k (y = x W^T), or A only (dx = dy W), or none (dW = dy^T x).
 void gemm_cuda(const DeviceProduct& p, Array bias, MutableArray c, void* stream);
 

@@ -15,10 +15,10 @@ std::tuple<Tensor, Tensor> gelu_mlp_forward(const Tensor& x, const Tensor& w_fc,
     Tensor h = empty(x, sizes, x.scalar_type()), y = empty_as(x);
     Rows g = empty_rows(x, N, F, type);
     Rows x_rows = rows_for(x, type, scope.stream), fc = rows_for(w_fc, type, scope.stream);
-    gemm_gelu_cuda({type, N, F, C, x_rows.over_columns(), fc.over_columns()}, array(b_fc, type), tanh, pointer_of(h),
-                   g.data(), scope.stream);
+    gemm_gelu_cuda(product(type, N, F, C, x_rows.over_columns(), fc.over_columns()), array(b_fc, type), tanh,
+                   pointer_of(h), g.data(), scope.stream);
     Rows proj = rows_for(w_proj, type, scope.stream);
-    gemm_cuda({type, N, C, F, g.over_columns(), proj.over_columns()}, array(b_proj, type), mutable_array(y),
+    gemm_cuda(product(type, N, C, F, g.over_columns(), proj.over_columns()), array(b_proj, type), mutable_array(y),
               scope.stream);
     return {y, h};
 }
@@ -31,20 +31,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_backward(const Tenso
     int64_t N = rows_of(x), C = w_fc.size(1), F = w_fc.size(0);
     Array none{nullptr, type};
     check_contiguous(h);
-    Rows dy_rows = rows_for(dy, type, scope.stream);
+    Rows dy_rows = rows_for(dy, type, scope.stream), x_rows = rows_for(x, type, scope.stream);
+    Rows fc = rows_for(w_fc, type, scope.stream), proj = rows_for(w_proj, type, scope.stream);
     Rows dh = empty_rows(x, N, F, type), g = empty_rows(x, N, F, type);
     Tensor db_fc = empty(w_fc, {has_b_fc ? F : 0}, w_fc.scalar_type());
     Tensor partial = empty(w_fc, {has_b_fc ? gelu_partial_rows(N) : 0, F}, ScalarType::Float);
-    gemm_gelu_backward_cuda({type, N, F, C, dy_rows.over_columns(), rows_for(w_proj, type, scope.stream).over_rows()},
-                            pointer_of(h), tanh, dh.data(), g.data(), floats(partial), mutable_array(db_fc),
-                            scope.stream);
+    gemm_gelu_backward_cuda(product(type, N, F, C, dy_rows.over_columns(), proj.over_rows()), pointer_of(h), tanh,
+                            dh.data(), g.data(), floats(partial), mutable_array(db_fc), scope.stream);
 
     Tensor dx = empty_as(x), dw_fc = empty_as(w_fc), dw_proj = empty_as(w_proj);
-    gemm_cuda({type, C, F, N, dy_rows.over_rows(), g.over_rows()}, none, mutable_array(dw_proj), scope.stream);
-    gemm_cuda({type, F, C, N, dh.over_rows(), rows_for(x, type, scope.stream).over_rows()}, none, mutable_array(dw_fc),
-              scope.stream);
-    gemm_cuda({type, N, C, F, dh.over_columns(), rows_for(w_fc, type, scope.stream).over_rows()}, none,
-              mutable_array(dx), scope.stream);
+    gemm_cuda(product(type, C, F, N, dy_rows.over_rows(), g.over_rows()), none, mutable_array(dw_proj), scope.stream);
+    gemm_cuda(product(type, F, C, N, dh.over_rows(), x_rows.over_rows()), none, mutable_array(dw_fc), scope.stream);
+    gemm_cuda(product(type, N, C, F, dh.over_columns(), fc.over_rows()), none, mutable_array(dx), scope.stream);
     return {dx, dw_fc, db_fc, dw_proj, bias_gradient(dy, w_proj, C, has_b_proj, scope.stream)};
 }
 

@@ -63,6 +63,9 @@ void ldmatrix(uint32_t* registers, int matrices, bool transposed, uint32_t addre
 }  // namespace simt
 
 template <class T>
+constexpr bool HAS_MMA = true;
+
+template <class T>
 DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                          int line = __builtin_LINE()) {
     constexpr auto PRODUCT = std::is_same_v<T, bf16> ? simt::Product::BF16_K16 : simt::Product::FP16_K16;
