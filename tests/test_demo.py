@@ -40,7 +40,7 @@ def test_it_ends_with_a_page_of_everything(tmp_path, monkeypatch, capsys):
     assert status == 0 and report == (tmp_path / "a" / "report.html").resolve() and "check passed, bench ran" in out
     assert page.count("<figure>") == 6 and page.count("<svg") == 6
     ours = CASE["cases"][0]["columns"]["ours"]["step"]["ms"]
-    assert f"{ours:.1f} ms" in page and "x torch.compile" in page
+    assert f"{ours:.1f} ms" in page and "times as fast as torch.compile" in page
     assert "The fast model computes the reference" in page and "Is it equal?" in page
     loss = re.search(r"validation loss (\d\.\d{4}) after 40 steps", out)[1]
     assert f"{loss} on the whole validation part" in page and "<question>" not in page
