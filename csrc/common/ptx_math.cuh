@@ -102,7 +102,8 @@ DEVICE float rsqrt_approx(float x) {
     return y;
 }
 
-// Whether the architecture that is compiled for has products of T; launchers refuse the others, whose kernels are empty.
+// Whether the architecture that is compiled for has products of T; launchers refuse the others, whose kernels are
+// empty.
 template <class T>
 #if __CUDA_ARCH__ >= 800
 constexpr bool HAS_MMA = true;
