@@ -26,7 +26,6 @@ from gptkernels.ops.linear import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
 backends, dtypes, cases = over(BACKENDS)
-simt_cases = over(SIMT)[2]
 # x's shape and C_out. The product's register tile is 6 or 12 rows by 8 to 32 columns, a slice of the sum 384 or 768 deep,
 # a block 384 columns by 1020 rows: each of the three products of forward and backward crosses each edge.
 SMALL = [((1, 1), 1), ((5,), 3), ((2, 3, 7), 5), ((13, 17), 9), ((12, 32), 64), ((25, 33), 31)]
