@@ -137,7 +137,7 @@ def test_one_pass_attention_backward(monkeypatch, dtype, dropout):
 
 
 @triton.jit
-def unmasked_part(at, inside, check: tl.constexpr, start: tl.constexpr, width: tl.constexpr, D: tl.constexpr):
+def unmasked_part(at, start: tl.constexpr, width: tl.constexpr, D: tl.constexpr):
     return tl.load(at + start + tl.arange(0, width)[None, :])
 
 
