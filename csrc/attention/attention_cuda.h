@@ -34,21 +34,28 @@ struct AttentionCuda {
 void attention_forward_cuda(const AttentionCuda& p, HeadsArray q, HeadsArray k, HeadsArray v, HeadsArray out,
                             float* stats, void* stream);
 
-// `terms` is memory for B H numbers for each of 2 term_rows(T).
+// `terms` is memory for B H numbers for each of 2 term_rows(T). Without dq_sums the gradients are deterministic; with
+// it, memory for term_rows(T) x one_pass_columns(D) numbers a head, dq is added up by atomics, in 5 products instead
+// of 7.
+inline int64_t one_pass_columns(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 inline int64_t term_rows(int64_t T) { return (T + TERM_ROWS - 1) / TERM_ROWS * TERM_ROWS; }
 struct AttentionBackwardCuda {
     HeadsArray dout, q, k, v, out;
     const float* stats;
     float* terms;
     HeadsArray dq, dk, dv;
+    float* dq_sums;
 };
 void attention_backward_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
 
-// On float32, and the two halves of the backward on 16-bit numbers, in this order.
+// On float32, where there is no one-pass form, and the two halves of the backward on 16-bit numbers, in this order.
 void attention_float_forward_cuda(const AttentionCuda& p, HeadsArray q, HeadsArray k, HeadsArray v, HeadsArray out,
                                   float* stats, void* stream);
 void attention_float_backward_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
 void attention_query_gradient_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
+// With dq_sums: terms and zeros, then the key gradient, then dq.
+void attention_row_terms_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
+void attention_finish_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
 void attention_key_gradient_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream);
 
 }  // namespace gptkernels

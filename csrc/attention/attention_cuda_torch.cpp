@@ -61,6 +61,10 @@ Tensor stats_of(const Tensor& x, int64_t B, int64_t H, int64_t T) { return empty
 Tensor terms_of(const Tensor& x, int64_t B, int64_t H, int64_t T) {
     return empty(x, {B, H, 2, term_rows(T)}, ScalarType::Float);
 }
+// Memory for the atomics' sums; empty, and then null, without them.
+Tensor sums_of(const Tensor& x, int64_t B, int64_t H, int64_t T, int64_t D, bool atomics) {
+    return empty(x, {atomics ? B : 0, H, term_rows(T), one_pass_columns(D)}, ScalarType::Float);
+}
 const float* contiguous_floats(const Tensor& x) {
     check_contiguous(x);
     return floats(x);
@@ -79,16 +83,19 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& stats,
-                                                      double scale, double dropout_p, const MaybeTensor& seed) {
+                                                      double scale, double dropout_p, const MaybeTensor& seed,
+                                                      bool atomics) {
     DeviceScope scope(q);
     int64_t B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
     Tensor dq = wide(q, sizes_of(q)), dk = wide(k, sizes_of(k)), dv = wide(v, sizes_of(v)),
            terms = terms_of(q, B, H, T);
     Tensor g = readable(dout), x = readable(q), y = readable(k), z = readable(v), o = readable(out);
-    attention_backward_cuda(problem(q, B, H, T, S, scale, dropout_p, seed),
-                            {head_major(g), head_major(x), head_major(y), head_major(z), head_major(o),
-                             contiguous_floats(stats), floats(terms), head_major(dq), head_major(dk), head_major(dv)},
-                            scope.stream);
+    Tensor dq_sums = sums_of(q, B, H, T, D, atomics);
+    attention_backward_cuda(
+        problem(q, B, H, T, S, scale, dropout_p, seed),
+        {head_major(g), head_major(x), head_major(y), head_major(z), head_major(o), contiguous_floats(stats),
+         floats(terms), head_major(dq), head_major(dk), head_major(dv), floats(dq_sums)},
+        scope.stream);
     return {trimmed(dq, D), trimmed(dk, D), trimmed(dv, D)};
 }
 
@@ -103,20 +110,21 @@ std::tuple<Tensor, Tensor> attention_packed_forward(const Tensor& qkv, double sc
 }
 
 Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& stats,
-                                 double scale, double dropout_p, const MaybeTensor& seed) {
+                                 double scale, double dropout_p, const MaybeTensor& seed, bool atomics) {
     DeviceScope scope(qkv);
     int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
+    Tensor dq_sums = sums_of(qkv, B, H, T, D, atomics);
     Tensor dqkv = wide(qkv, sizes_of(qkv)), terms = terms_of(qkv, B, H, T);
     Tensor g = readable(dout), x = readable(qkv), o = readable(out);
-    attention_backward_cuda(problem(qkv, B, H, T, T, scale, dropout_p, seed),
-                            {token_major(g), part(x, 0), part(x, 1), part(x, 2), token_major(o),
-                             contiguous_floats(stats), floats(terms), part(dqkv, 0), part(dqkv, 1), part(dqkv, 2)},
-                            scope.stream);
+    attention_backward_cuda(
+        problem(qkv, B, H, T, T, scale, dropout_p, seed),
+        {token_major(g), part(x, 0), part(x, 1), part(x, 2), token_major(o), contiguous_floats(stats), floats(terms),
+         part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), floats(dq_sums)},
+        scope.stream);
     return trimmed(dqkv, D);
 }
 
 }  // namespace
-
 }  // namespace gptkernels
 
 GPTKERNELS_LIBRARY(m) {

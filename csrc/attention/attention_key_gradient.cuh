@@ -7,7 +7,7 @@
 // registers. Cost: 4 products a tile, so 4 B H T^2 D flops. Deterministic.
 #pragma once
 
-#include "attention/gradient.cuh"
+#include "attention/one_pass.cuh"
 
 namespace gptkernels {
 
@@ -15,7 +15,9 @@ template <class Tile>
 struct KeyGradientMemory {
     static constexpr int K = 0, V = K + Tile::OWNED * Tile::ROW_BYTES, STREAMED = V + Tile::OWNED * Tile::ROW_BYTES,
                          STAGE = 2 * Tile::STREAM * Tile::ROW_BYTES, TERMS = STREAMED + Tile::STAGES * STAGE,
-                         EXCHANGE = TERMS + Tile::STAGES * 2 * Tile::STREAM * 4, BYTES = EXCHANGE + 2 * Tile::EXCHANGE;
+                         P = TERMS + Tile::STAGES * 2 * Tile::STREAM * 4, DS = P + Tile::EXCHANGE,
+                         // Fragments for the group's other warps, or the matrix that all warps form dq from.
+        DS_BYTES = Tile::ONE_PASS ? OnePass<Tile>::BYTES : Tile::EXCHANGE, BYTES = DS + DS_BYTES;
 };
 
 // P^T and dS^T of a warp's tile: keys down, queries across.
@@ -75,8 +77,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     attention_key_gradient(Heads<const typename Tile::T> dout, Heads<const typename Tile::T> q,
                            Heads<const typename Tile::T> k, Heads<const typename Tile::T> v, Global<const float> terms,
-                           Heads<typename Tile::T> dk, Heads<typename Tile::T> dv, Global<const int64_t> seed,
-                           AttentionSizes p) {
+                           Heads<typename Tile::T> dk, Heads<typename Tile::T> dv, Global<float> dq_sums,
+                           Global<const int64_t> seed, AttentionSizes p) {
     using T = typename Tile::T;
     using Memory = KeyGradientMemory<Tile>;
     using Scores = KeyGradientScores<Tile>;
@@ -92,7 +94,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Shared<T> k_tile = dynamic_shared<T>(Memory::K, OWNED * D), v_tile = dynamic_shared<T>(Memory::V, OWNED * D);
     Shared<T> streamed = dynamic_shared<T>(Memory::STREAMED, 2 * STAGES * TILE);           // q and dout of each stage
     Shared<float> row_memory = dynamic_shared<float>(Memory::TERMS, STAGES * 2 * STREAM);  // lse and delta of each
-    Shared<uint32_t> exchange = dynamic_shared<uint32_t>(Memory::EXCHANGE, 2 * Tile::EXCHANGE / 4);
+    Shared<uint32_t> p_memory = dynamic_shared<uint32_t>(Memory::P, Tile::EXCHANGE / 4);
+    Shared<uint32_t> ds_memory = dynamic_shared<uint32_t>(Memory::DS, Memory::DS_BYTES / 4);
     Copy<T, D, OWNED, THREADS> k_rows(k, b, h, n, p.S, p.D), v_rows(v, b, h, n, p.S, p.D);
     Copy<T, D, STREAM, THREADS> q_rows(q, b, h, first, p.T, p.D), dout_rows(dout, b, h, first, p.T, p.D);
     // A thread's packet of the terms: STREAM / 4 of them are lse, the next as many delta.
@@ -117,6 +120,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     const Dropout dropout = {Tile::DROPOUT ? (uint64_t)seed[0] : 0, p.drop_below, (uint32_t)h, (uint32_t)b};
     const float scale_log2 = p.scale * LOG2E;
     float dk_acc[M_TILES][Tile::D_TILES][4] = {}, dv_acc[M_TILES][Tile::D_TILES][4] = {};
+    const OnePass<Tile> one_pass = {ds_memory.template as<T>()};
+    dq_sums = dq_sums + ((int64_t)b * p.H + h) * rows_of_terms(p) * D;
     int stage = 0;
     auto queries = [&](int m, auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
@@ -160,17 +165,20 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             }
             weights.pack(s);
             ds.pack(dp);
-            if (Tile::SPLIT > 1) {
-                weights.give(exchange, place);
-                ds.give(exchange + Tile::EXCHANGE / 4, place);
-            }
-        }
-        if (Tile::SPLIT > 1) __syncthreads();
+            if (Tile::SPLIT > 1) weights.give(p_memory, place);
+            if (Tile::ONE_PASS) one_pass.give(dp, place);
+            else if (Tile::SPLIT > 1) ds.give(ds_memory, place);
+        } else if (Tile::ONE_PASS) one_pass.give({}, place);
+        if (Tile::SPLIT > 1 || Tile::ONE_PASS) __syncthreads();
         if (seen) {
             const int columns = place.part * Tile::COLUMNS;
-            weights.add_product(dv_acc, left_place<D>(dout_tile, lane) + columns, exchange, place);
-            ds.add_product(dk_acc, left_place<D>(q_tile, lane) + columns, exchange + Tile::EXCHANGE / 4, place);
+            Shared<T> q_place = left_place<D>(q_tile, lane) + columns;
+            weights.add_product(dv_acc, left_place<D>(dout_tile, lane) + columns, place,
+                                Exchange<Tile>{p_memory, place});
+            if constexpr (Tile::ONE_PASS) ds.add_product(dk_acc, q_place, place, one_pass.fragments(place));
+            else ds.add_product(dk_acc, q_place, place, Exchange<Tile>{ds_memory, place});
         }
+        if constexpr (Tile::ONE_PASS) one_pass.add(k_tile, dq_sums + (int64_t)m * D, lane);
         if (STAGES > 1) stage = 1 - stage;
     };
     for (int m = first; m < free; m += STREAM) queries(m, std::true_type());

@@ -173,7 +173,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             if (Tile::SPLIT > 1) ds.give(exchange, place);
         }
         if (Tile::SPLIT > 1) __syncthreads();
-        if (seen) ds.add_product(acc, left_place<D>(k_tile, lane) + place.part * Tile::COLUMNS, exchange, place);
+        if (seen)
+            ds.add_product(acc, left_place<D>(k_tile, lane) + place.part * Tile::COLUMNS, place,
+                           Exchange<Tile>{exchange, place});
         if (STAGES > 1) stage = 1 - stage;
     };
     for (int n = 0; n < free; n += STREAM) keys(n, std::false_type());

@@ -33,9 +33,13 @@ bool run_any(const AttentionCuda& p, const AttentionBackwardCuda& x, void* strea
 void attention_backward_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream) {
     if (p.B * p.H == 0) return;
     check_size(p, {x.dout, x.q, x.k, x.v, x.out, x.dq, x.dk, x.dv});
-    if (p.type == Type::FLOAT32) return attention_float_backward_cuda(p, x, stream);
-    attention_query_gradient_cuda(p, x, stream);
+    if (p.type == Type::FLOAT32) {
+        if (x.dq_sums) throw std::runtime_error("atomics on cuda takes float16 or bfloat16, got float32: leave it off");
+        return attention_float_backward_cuda(p, x, stream);
+    }
+    x.dq_sums ? attention_row_terms_cuda(p, x, stream) : attention_query_gradient_cuda(p, x, stream);
     attention_key_gradient_cuda(p, x, stream);
+    if (x.dq_sums) attention_finish_cuda(p, x, stream);
 }
 
 void attention_query_gradient_cuda(const AttentionCuda& p, const AttentionBackwardCuda& x, void* stream) {

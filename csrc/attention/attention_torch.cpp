@@ -37,6 +37,10 @@ Attention problem(int64_t B, int64_t H, int64_t T, int64_t S, int64_t D, double 
         key};
 }
 
+void check_deterministic(bool atomics) {
+    STD_TORCH_CHECK(!atomics, "gptkernels cpu attention has the deterministic backward only: leave atomics off");
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                              double dropout_p, const MaybeTensor& seed) {
     int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
@@ -48,7 +52,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& out, const Tensor& stats,
-                                                      double scale, double dropout_p, const MaybeTensor& seed) {
+                                                      double scale, double dropout_p, const MaybeTensor& seed,
+                                                      bool atomics) {
+    check_deterministic(atomics);
     Tensor dq = empty_as(q), dk = empty_as(k), dv = empty_as(v);
     attention_backward_cpu(problem(q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), scale, dropout_p, seed),
                            heads(dout), heads(q), heads(k), heads(v), heads(out),
@@ -66,7 +72,8 @@ std::tuple<Tensor, Tensor> attention_packed_forward(const Tensor& qkv, double sc
 }
 
 Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& stats,
-                                 double scale, double dropout_p, const MaybeTensor& seed) {
+                                 double scale, double dropout_p, const MaybeTensor& seed, bool atomics) {
+    check_deterministic(atomics);
     int64_t B = qkv.size(0), T = qkv.size(1), H = qkv.size(3), D = qkv.size(4);
     Tensor dqkv = empty_as(qkv);
     attention_backward_cpu(problem(B, H, T, T, D, scale, dropout_p, seed), token_major(dout), part(qkv, 0),

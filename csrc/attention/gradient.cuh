@@ -14,12 +14,13 @@
 
 namespace gptkernels {
 
-template <class T_, int D_, bool DROPOUT_, int M_TILES_, int GROUPS_, int SPLIT_, int STREAM_, int STAGES_>
+template <class T_, int D_, bool DROPOUT_, int M_TILES_, int GROUPS_, int SPLIT_, int STREAM_, int STAGES_,
+          bool ONE_PASS_ = false>
 struct GradientTile {
     using T = T_;
     static constexpr int D = D_, M_TILES = M_TILES_, GROUPS = GROUPS_, SPLIT = SPLIT_, STREAM = STREAM_,
                          STAGES = STAGES_;
-    static constexpr bool DROPOUT = DROPOUT_;
+    static constexpr bool DROPOUT = DROPOUT_, ONE_PASS = ONE_PASS_;
     static constexpr int WARP_ROWS = 16 * M_TILES, OWNED = WARP_ROWS * GROUPS, THREADS = 32 * GROUPS * SPLIT;
     static constexpr int PART = STREAM / SPLIT, COLUMNS = D / SPLIT;
     static constexpr int N_TILES = PART / 8, STEPS = PART / 16, D_TILES = COLUMNS / 8;
@@ -46,6 +47,19 @@ struct Place {
     }
 };
 
+// What the warps of a group have given each other, as Fragments::add_product takes it.
+template <class Tile>
+struct Exchange {
+    Shared<uint32_t> memory;
+    const Place<Tile>& place;
+
+    DEVICE void operator()(uint32_t (&a)[4], int part, int i, int s) const {
+        auto given = load<4>(place.fragment(memory, part, i, s));
+        UNROLL
+        for (int e = 0; e < 4; ++e) a[e] = given[e];
+    }
+};
+
 // A warp's tile of scores as left operands.
 template <class Tile>
 struct Fragments {
@@ -66,9 +80,11 @@ struct Fragments {
                   Vector<uint32_t, 4>{a[s][i][0], a[s][i][1], a[s][i][2], a[s][i][3]});
     }
 
-    // sums += fragments of all parts times the streamed tile; `rows` points at the warp's columns of its first row.
+    // sums += fragments of all parts times the streamed tile; `rows` points at the warp's columns of its first row, and
+    // theirs(a, part, i, s) gives another warp's fragments.
+    template <class Theirs>
     DEVICE void add_product(float (&sums)[M_TILES][Tile::D_TILES][4], Shared<typename Tile::T> rows,
-                            Shared<uint32_t> exchange, const Place<Tile>& place) const {
+                            const Place<Tile>& place, const Theirs& theirs) const {
         constexpr int D = Tile::D;
         UNROLL
         for (int s = 0; s < STEPS; ++s)
@@ -78,14 +94,10 @@ struct Fragments {
             int part = (place.part + other) % Tile::SPLIT;
             UNROLL
             for (int s = 0; s < STEPS; ++s) {
-                uint32_t theirs[M_TILES][4];
+                uint32_t given[M_TILES][4];
                 UNROLL
-                for (int i = 0; i < M_TILES; ++i) {
-                    auto given = load<4>(place.fragment(exchange, part, i, s));
-                    UNROLL
-                    for (int e = 0; e < 4; ++e) theirs[i][e] = given[e];
-                }
-                gptkernels::add_product<D>(sums, theirs, rows + part * Tile::PART * D, 16 * s, 0);
+                for (int i = 0; i < M_TILES; ++i) theirs(given[i], part, i, s);
+                gptkernels::add_product<D>(sums, given, rows + part * Tile::PART * D, 16 * s, 0);
             }
         }
     }
