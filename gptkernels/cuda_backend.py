@@ -7,6 +7,8 @@ than a GPU. It is for tests and study.
 from __future__ import annotations
 
 import ctypes
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,11 @@ import torch
 
 from gptkernels.library import LIBRARY, NAMES, SIMT
 
+# The operators that are kernels of the libraries with torch's products around them, written in Python.
+PYTHON = {
+    "linear_cross_entropy_forward": "gptkernels.ops.cross_entropy.cuda",
+    "linear_cross_entropy_gradients": "gptkernels.ops.cross_entropy.cuda",
+}
 FOLDER = Path(__file__).parent
 # Asked at every product of float32: torch's setting may change, also between two runs of a compiled graph.
 TF32_ALLOWED = ctypes.CFUNCTYPE(ctypes.c_bool)(lambda: torch.backends.cuda.matmul.allow_tf32)
@@ -33,7 +40,16 @@ def load(name: str, remedy: str) -> str | None:
     return None
 
 
-def missing(backend: str, name: str) -> Any:
+def in_python(name: str) -> Callable:
+    """An operator of PYTHON; its file is imported at the first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(PYTHON[name]), name)(*args)
+
+    return run
+
+
+def missing(backend: str, name: str) -> Callable:
     """An implementation that says that there is none."""
 
     def run(*_: Any) -> NoReturn:
@@ -43,9 +59,11 @@ def missing(backend: str, name: str) -> Any:
 
 
 def fill(backend: str, namespace: str, library: torch.library.Library, key: str) -> None:
-    """Operators that a loaded library lacks raise a message of ours."""
+    """Add the operators that are written in Python; those that a loaded library lacks raise a message of ours."""
     for name in NAMES:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+        if name in PYTHON:
+            library.impl(name, in_python(name), key)
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
             library.impl(name, missing(backend, name), key)
 
 

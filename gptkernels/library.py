@@ -17,6 +17,14 @@ LIBRARY = torch.library.Library("gptkernels", "DEF")
 TRITON = torch.library.Library("gptkernels_triton", "DEF")
 SIMT = torch.library.Library("gptkernels_simt", "DEF")
 NAMES: list[str] = []
+# Kernels of both CUDA libraries that Python calls between products of torch's (gptkernels/ops/cross_entropy/cuda.py). The
+# first gives (targets that count, targets out of range), the second the rows' losses.
+KERNELS = torch.library.Library("gptkernels_kernels", "DEF")
+KERNELS.define("cross_entropy_count(Tensor targets, int ignore_index, int vocab_size) -> Tensor")
+KERNELS.define(
+    "cross_entropy_rows(Tensor(a!) logits, Tensor targets, Tensor counts, int ignore_index, bool mean, int vocab_size,"
+    " bool gradient) -> Tensor"
+)
 MaybeTensor = Tensor | None
 
 

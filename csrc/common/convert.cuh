@@ -44,6 +44,24 @@ DEVICE Vector<T, N> from_floats(const Vector<float, N>& f) {
     return v;
 }
 
+// a + b, rounded to their type.
+template <class T, int N>
+DEVICE Vector<T, N> add(const Vector<T, N>& a, const Vector<T, N>& b) {
+    Vector<T, N> sum;
+    if constexpr (sizeof(T) == 2) {
+        uint32_t x[N / 2], y[N / 2];
+        memcpy(x, &a, sizeof x);
+        memcpy(y, &b, sizeof y);
+        UNROLL
+        for (int i = 0; i < N / 2; ++i) x[i] = add2<T>(x[i], y[i]);
+        memcpy(&sum, x, sizeof x);
+    } else {
+        UNROLL
+        for (int i = 0; i < N; ++i) sum[i] = a[i] + b[i];
+    }
+    return sum;
+}
+
 // The element type of an array whose type the kernel looks up as it runs: a load is a branch, the same for all lanes.
 struct any {};
 
@@ -94,6 +112,11 @@ DEVICE Vector<float, N> load_floats(const Pointer& p, int64_t i) {
 // The type of load_raw's elements.
 template <class T>
 using Raw = std::conditional_t<std::is_same_v<T, any>, float, T>;
+
+template <class T, int N>
+DEVICE void store_raw(Global<T> p, int64_t i, const Vector<T, N>& v) {
+    store(p + i, v);
+}
 
 // Store N floats, rounded to the array's type; returns what a reader of the array gets.
 template <class T, int N>

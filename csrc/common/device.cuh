@@ -2,12 +2,11 @@
 // __syncthreads, __shfl_xor_sync) that stays away from raw pointers: memory is reached through Global<T> and Shared<T>,
 // which are plain addresses under nvcc. With GPTKERNELS_SIMT the same file is compiled by g++, and csrc/simt executes
 // and checks it on the CPU. What there is:
-//   numbers   bf16, fp16, Vector<T, N>, PACKET<T>, to_float, from_float<T>, pack2<T>, unpack2<T>, to_tf32
+//   numbers   bf16, fp16, Vector<T, N>, PACKET<T>, to_float, from_float<T>, pack2<T>, unpack2<T>, add2<T>, to_tf32
 //   memory    Global<T>, Shared<T>: p[i], p + i, load<N>(p), store(p, vector), SHARED_ARRAY, dynamic_shared,
 //             ldmatrix_x1/x2/x4(_trans), cp_async16, cp_async_commit, cp_async_wait<N>, atomicAdd
 //   warp      FULL_WARP, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync
-//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>, exp2_approx, log2_approx, rcp_approx,
-//             rsqrt_approx
+//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>, {exp2, log2, rcp, rsqrt}_approx, opaque
 //   host      launch({name, grid, threads, shared_bytes, stream}, kernel, arguments...), device()
 //
 // A Global<const T> is read past the coherent cache (ld.global.nc): nothing may write there while the kernel runs.
@@ -59,6 +58,7 @@ struct Launch {
 #else
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define UNROLL_BY4 _Pragma("unroll 4")
 #include "common/number.cuh"
 //
 #include "common/ptx_launch.cuh"

@@ -17,9 +17,11 @@
 
 #include "simt/engine.h"
 #define GPTKERNELS_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(gptkernels_simt, CPU, m)
+#define GPTKERNELS_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(gptkernels_kernels, CPU, m)
 #else
 #include <torch/csrc/stable/accelerator.h>
 #define GPTKERNELS_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(gptkernels, CUDA, m)
+#define GPTKERNELS_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(gptkernels_kernels, CUDA, m)
 #endif
 
 namespace gptkernels {

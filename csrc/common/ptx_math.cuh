@@ -63,6 +63,28 @@ DEVICE float2 unpack2<fp16>(uint32_t packed) {
     return y;
 }
 
+// Sums of both halves, each rounded once.
+template <class T>
+DEVICE uint32_t add2(uint32_t a, uint32_t b);
+
+template <>
+DEVICE uint32_t add2<bf16>(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80), "r"(b));  // a 1 + b
+    return sum;
+#else
+    float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b);
+    return pack2<bf16>(x.x + y.x, x.y + y.y);
+#endif
+}
+template <>
+DEVICE uint32_t add2<fp16>(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
 template <class T>
 DEVICE T from_float(float x) {
     if constexpr (sizeof(T) == 4) return x;
@@ -78,6 +100,12 @@ DEVICE uint32_t to_tf32(float x) {
     __trap();
 #endif
     return y;
+}
+
+// x, of which the compiler knows nothing: what is computed from it in a loop is not kept in registers over the loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 // 2^x, log2 x, 1/x and 1/sqrt(x) within 2 ulp of fp32 (log2: 2^-22 absolutely near 1); denormal numbers count as 0.

@@ -8,6 +8,8 @@
 // on devices of as many processors. Rows of more than 8192 columns are read twice (from L2) instead of being kept:
 // beside the sums they do not fit into the registers that 512 threads have. Bytes a row: dy, x, dtotal, dx, C elements
 // each. Memory binds.
+#include <algorithm>
+
 #include "layer_norm/layer_norm_cuda.h"
 #include "layer_norm/rows.cuh"
 
@@ -32,6 +34,8 @@ struct Backward {
     Global<float> dweight, dbias;  // a row a worker
     int64_t N;
     int C;
+    float inverse_C;
+    int stride;  // of dweight and dbias
 };
 
 // mean(wdy) and mean(wdy xhat) of a row.
@@ -41,7 +45,7 @@ struct Means {
 
 // Both sums over a row; scratch is for 2 WARP floats that the row before did not use.
 template <int ROW_THREADS>
-DEVICE Means row_means(float wdy, float product, int C, Shared<float> scratch) {
+DEVICE Means row_means(float wdy, float product, float inverse_C, Shared<float> scratch) {
     wdy = warp_sum(wdy);
     product = warp_sum(product);
     if constexpr (ROW_THREADS != WARP) {
@@ -54,7 +58,7 @@ DEVICE Means row_means(float wdy, float product, int C, Shared<float> scratch) {
         wdy = warp_sum(lane < warps ? (float)scratch[lane] : 0.0f);
         product = warp_sum(lane < warps ? (float)scratch[WARP + lane] : 0.0f);
     }
-    return {wdy / (float)C, product / (float)C};
+    return {wdy * inverse_C, product * inverse_C};
 }
 
 template <int N>
@@ -81,46 +85,44 @@ DEVICE Packet<N> packet_of(const Backward<T, W>& p, const Vector<float, N>& dy, 
 template <int N, class T, class W>
 DEVICE void store_dx(const Backward<T, W>& p, int64_t i, const Packet<N>& packet, Means means, float rstd,
                      const Vector<Raw<T>, N>& dtotal) {
+    float of_all = -means.wdy * rstd, of_xhat = -means.product * rstd;
     Vector<float, N> dx;
+    if (p.dtotal) dx = to_floats(dtotal);
     UNROLL
-    for (int j = 0; j < N; ++j) dx[j] = (packet.wdy[j] - means.wdy - packet.xhat[j] * means.product) * rstd;
-    if (p.dtotal) {
-        Vector<float, N> more = to_floats(dtotal);
-        UNROLL
-        for (int j = 0; j < N; ++j) dx[j] += more[j];
-    }
+    for (int j = 0; j < N; ++j)
+        dx[j] = packet.wdy[j] * rstd + (packet.xhat[j] * of_xhat + (p.dtotal ? dx[j] + of_all : of_all));
     store_floats(p.dx, i, dx);
 }
 
 // One row: dx, and its part of this thread's columns of dweight and dbias.
-template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
-DEVICE void backward_row(const Backward<T, W>& p, int64_t row, Shared<float> scratch, Vector<float, N> (&dweight)[K],
-                         Vector<float, N> (&dbias)[K]) {
-    float mean = p.mean[row], rstd = p.rstd[row], sum = 0, product = 0;
+template <int K, bool KEEP, int N, class Packets, class T, class W>
+DEVICE void backward_row(const Backward<T, W>& p, int64_t n, Packets row, Shared<float> scratch,
+                         Vector<float, N> (&dweight)[K], Vector<float, N> (&dbias)[K]) {
+    float mean = p.mean[n], rstd = p.rstd[n], sum = 0, product = 0;
     Vector<Raw<T>, N> dy[K], x[K], dtotal[K];
     Packet<N> packets[K];
-    auto index = [&](int k) { return row * p.C + column_of<ROW_THREADS, N>(k); };
-    auto exists = [&](int k) { return column_of<ROW_THREADS, N>(k) < p.C; };
     if constexpr (KEEP) {  // all loads are under way before the first is used
         UNROLL
         for (int k = 0; k < K; ++k)
-            if (exists(k)) x[k] = load_raw<N>(p.x, index(k));
+            if (row.exists(k)) x[k] = load_raw<N>(p.x, row.index_of(k));
         UNROLL
         for (int k = 0; k < K; ++k)
-            if (exists(k)) dy[k] = load_raw<N>(p.dy, index(k));
-        UNROLL
-        for (int k = 0; k < K; ++k)
-            if (p.dtotal && exists(k)) dtotal[k] = load_raw<N>(p.dtotal, index(k));
+            if (row.exists(k)) dy[k] = load_raw<N>(p.dy, row.index_of(k));
+        if (p.dtotal) {
+            UNROLL
+            for (int k = 0; k < K; ++k)
+                if (row.exists(k)) dtotal[k] = load_raw<N>(p.dtotal, row.index_of(k));
+        }
     }
     auto packet = [&](int k) {
-        if (!KEEP) x[k] = load_raw<N>(p.x, index(k));
-        if (!KEEP) dy[k] = load_raw<N>(p.dy, index(k));
-        return packet_of(p, to_floats(dy[k]), to_floats(x[k]), column_of<ROW_THREADS, N>(k), mean, rstd);
+        if (!KEEP) x[k] = load_raw<N>(p.x, row.index_of(k));
+        if (!KEEP) dy[k] = load_raw<N>(p.dy, row.index_of(k));
+        return packet_of(p, to_floats(dy[k]), to_floats(x[k]), row.column_of(k), mean, rstd);
     };
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if (!KEEP) __syncwarp();  // keeps the compiler from loading all packets at once, for which there is no room
-        if (!exists(k)) continue;
+        if constexpr (!KEEP) row.forget();
+        if (!row.exists(k)) continue;
         packets[k] = packet(k);
         Vector<float, N> gradient = to_floats(dy[k]);
         UNROLL
@@ -131,54 +133,89 @@ DEVICE void backward_row(const Backward<T, W>& p, int64_t row, Shared<float> scr
             dbias[k][j] += gradient[j];
         }
     }
-    Means means = row_means<ROW_THREADS>(sum, product, p.C, scratch);
+    Means means = row_means<Packets::ROW>(sum, product, p.inverse_C, scratch);
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if (!KEEP) __syncwarp();
-        if (!exists(k)) continue;
-        if (!KEEP && p.dtotal) dtotal[k] = load_raw<N>(p.dtotal, index(k));
-        store_dx(p, index(k), KEEP ? packets[k] : packet(k), means, rstd, dtotal[k]);
+        if constexpr (!KEEP) row.forget();
+        if (!row.exists(k)) continue;
+        if (!KEEP && p.dtotal) dtotal[k] = load_raw<N>(p.dtotal, row.index_of(k));
+        store_dx(p, row.index_of(k), KEEP ? packets[k] : packet(k), means, rstd, dtotal[k]);
     }
 }
 
-template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
-__global__ void __launch_bounds__(KEEP ? MOST_KEPT_THREADS : MOST_THREADS)
-    layer_norm_backward_kernel(Backward<T, W> p) {
+// A worker's sums as a row of `to`, in quads of columns: quad q of packet k of all threads, then the next quad, so that
+// a warp's stores are contiguous. Single columns lie in their own order.
+template <int K, int N, class Packets>
+DEVICE void store_sums(Global<float> to, Packets row, const Vector<float, N> (&sums)[K]) {
+    UNROLL
+    for (int k = 0; k < K; ++k) {
+        if constexpr (N == 1) row.forget();
+        if (!row.exists(k)) continue;
+        if constexpr (N == 1) store(to + row.column_of(k), sums[k]);
+        UNROLL
+        for (int q = 0; q < N / 4; ++q) {
+            int quad = (k * (N / 4) + q) * Packets::threads() + row.column / N;
+            store(to + 4 * quad,
+                  Vector<float, 4>{sums[k][4 * q], sums[k][4 * q + 1], sums[k][4 * q + 2], sums[k][4 * q + 3]});
+        }
+    }
+}
+
+template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class W>
+__global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK
+                                  : KEEP              ? MOST_KEPT_THREADS
+                                                      : MOST_THREADS,
+                                  1) layer_norm_backward_kernel(Backward<T, W> p) {
     SHARED_ARRAY(float, scratch, 4 * WARP);
     int64_t worker = first_row<ROW_THREADS>(), workers = (int64_t)gridDim.x * block_rows<ROW_THREADS>();
+    using Row = Packets<ROW_THREADS, N, FULL>;
     Vector<float, N> dweight[K] = {}, dbias[K] = {};
     int parity = 0;  // one barrier a row: a warp may write the next row's sums while another still reads this one's
-    for (int64_t row = worker; row < p.N; row += workers, parity ^= 1)
-        backward_row<ROW_THREADS, N, K, KEEP>(p, row, scratch + parity * 2 * WARP, dweight, dbias);
-    UNROLL
-    for (int k = 0; k < K; ++k) {
-        int column = column_of<ROW_THREADS, N>(k);
-        if (column >= p.C) continue;
-        if (p.dweight) store(p.dweight + worker * p.C + column, dweight[k]);
-        if (p.dbias) store(p.dbias + worker * p.C + column, dbias[k]);
-    }
+    for (int64_t n = worker; n < p.N; n += workers, parity ^= 1)
+        backward_row<K, KEEP>(p, n, Row(n, p.C), scratch + parity * 2 * WARP, dweight, dbias);
+    Row first(0, p.C);
+    if (p.dweight) store_sums(p.dweight + worker * p.stride, first, dweight);
+    if (p.dbias) store_sums(p.dbias + worker * p.stride, first, dbias);
 }
 
-constexpr int SUM_WARPS = 8;
+constexpr int SUM_WARPS = 16;
 
-// The workers' rows added up, 32 columns a block: each warp adds every SUM_WARPS-th row, then these sums are added.
-__global__ void __launch_bounds__(SUM_WARPS* WARP)
-    layer_norm_sum_kernel(Global<const float> dweight, Global<const float> dbias, Out<any> dweight_out,
-                          Out<any> dbias_out, int64_t workers, int C) {
-    SHARED_ARRAY(float, sums, SUM_WARPS* WARP);
-    Global<const float> rows = blockIdx.y == 0 ? dweight : dbias;
-    int column = (int)(blockIdx.x * WARP + threadIdx.x % WARP), warp = (int)threadIdx.x / WARP;
-    if (!(blockIdx.y == 0 ? dweight_out : dbias_out)) return;
-    float sum = 0;
-    if (column < C)
-        for (int64_t row = warp; row < workers; row += SUM_WARPS) sum += rows[row * C + column];
-    sums[(int)threadIdx.x] = sum;
+struct Sums {
+    Global<const float> rows[2];  // of dweight and dbias, a row a worker
+    Out<any> out[2];
+    int64_t workers;
+    int C, stride, row_threads, quads;  // how a row lies: see store_sums; no row_threads where it lies in order
+};
+
+// The workers' rows added up, four columns a lane: each warp adds every SUM_WARPS-th row, then these sums are added.
+template <int WHICH>
+DEVICE void sum_rows(const Sums& p, Shared<float> sums) {
+    int quad = (int)(blockIdx.x * WARP + threadIdx.x % WARP), warp = (int)threadIdx.x / WARP;
+    if (!p.out[WHICH]) return;
+    Vector<float, 4> sum = {};
+    if (4 * quad < p.stride) {
+        UNROLL_BY4
+        for (int row = warp; row < (int)p.workers; row += SUM_WARPS)
+            sum = add(sum, load<4>(p.rows[WHICH] + ((int64_t)row * p.stride + 4 * quad)));
+    }
+    store(sums + 4 * (int)threadIdx.x, sum);
     __syncthreads();
-    if (warp != 0 || column >= C) return;
+    if (warp != 0) return;
+    for (int w = 1; w < SUM_WARPS; ++w) sum = add(sum, load<4>(sums + 4 * (w * WARP + (int)threadIdx.x)));
+    int column = 4 * quad;
+    if (p.row_threads) {
+        int packet = quad / p.row_threads;
+        column = (packet / p.quads * p.row_threads + quad % p.row_threads) * 4 * p.quads + packet % p.quads * 4;
+    }
     UNROLL
-    for (int w = 1; w < SUM_WARPS; ++w) sum += sums[w * WARP + (int)threadIdx.x];
-    if (blockIdx.y == 0) store_floats(dweight_out, column, Vector<float, 1>{sum});
-    else store_floats(dbias_out, column, Vector<float, 1>{sum});
+    for (int j = 0; j < 4; ++j)
+        if (4 * quad < p.stride && column + j < p.C) store_floats(p.out[WHICH], column + j, Vector<float, 1>{sum[j]});
+}
+
+__global__ void __launch_bounds__(SUM_WARPS* WARP) layer_norm_sum_kernel(Sums p) {
+    SHARED_ARRAY(float, sums, SUM_WARPS * WARP * 4);
+    if (blockIdx.y == 0) sum_rows<0>(p, sums);
+    else sum_rows<1>(p, sums);
 }
 
 int64_t workers_of(int64_t N, Tile tile) {
@@ -188,23 +225,32 @@ int64_t workers_of(int64_t N, Tile tile) {
     return (workers + a_block - 1) / a_block * a_block;
 }
 
-template <int ROW_THREADS, int N, int K, bool KEEP, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class W>
 void launch_with(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
     int64_t workers = workers_of(p.N, tile);
+    int stride = N == 1 ? ((int)p.C + 3) / 4 * 4 : tile.packets * tile.row_threads * N;
     float* sums[2] = {p.dweight.data ? p.partial : nullptr,
-                      p.dbias.data ? p.partial + (p.dweight.data ? workers * p.C : 0) : nullptr};
+                      p.dbias.data ? p.partial + (p.dweight.data ? workers * stride : 0) : nullptr};
     Backward<T, W> b{input<T>(p.dy),  input<T>(p.dtotal),
                      input<T>(p.x),   input<W>(p.weight),
                      p.mean,          p.rstd,
                      output<T>(p.dx), sums[0],
                      sums[1],         p.N,
-                     (int)p.C};
+                     (int)p.C,        1 / (float)p.C,
+                     stride};
     if (workers > 0)
         launch({"layer_norm_backward", workers / rows_a_block(tile), block_of(tile), 0, stream},
-               layer_norm_backward_kernel<ROW_THREADS, N, K, KEEP, T, W>, b);
-    if (p.dweight.data || p.dbias.data)
-        launch({"layer_norm_sum", Grid((p.C + WARP - 1) / WARP, 2), SUM_WARPS * WARP, 0, stream}, layer_norm_sum_kernel,
-               sums[0], sums[1], output<any>(p.dweight), output<any>(p.dbias), workers, (int)p.C);
+               layer_norm_backward_kernel<ROW_THREADS, N, K, FULL, KEEP, T, W>, b);
+    if (!p.dweight.data && !p.dbias.data) return;
+    Sums s{{sums[0], sums[1]},
+           {output<any>(p.dweight), output<any>(p.dbias)},
+           workers,
+           (int)p.C,
+           stride,
+           N == 1 ? 0 : tile.row_threads,
+           N / 4};
+    launch({"layer_norm_sum", Grid((stride / 4 + WARP - 1) / WARP, 2), SUM_WARPS * WARP, 0, stream},
+           layer_norm_sum_kernel, s);
 }
 
 template <int N, class T, class W>
@@ -212,12 +258,13 @@ void launch_kept(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
     constexpr int MOST = KEPT_COLUMNS<T>;
     int columns = tile.packets * N;
     // Twice as many threads are taken where half of them do not suffice, so that long rows need more than half of MOST.
-    if (tile.row_threads > WARP && columns <= MOST - 8) launch_with<0, N, (MOST - 8) / N, true, T, W>(p, tile, stream);
-    else if (tile.row_threads > WARP) launch_with<0, N, MOST / N, true, T, W>(p, tile, stream);
-    else if (columns <= 8) launch_with<WARP, N, 8 / N, true, T, W>(p, tile, stream);
-    else if (columns <= 16) launch_with<WARP, N, 16 / N, true, T, W>(p, tile, stream);
-    else if (columns <= 24) launch_with<WARP, N, 24 / N, true, T, W>(p, tile, stream);
-    else if constexpr (MOST > 24) launch_with<WARP, N, 32 / N, true, T, W>(p, tile, stream);
+    if (tile.row_threads > WARP && columns <= MOST - 8)
+        launch_with<0, N, (MOST - 8) / N, (MOST - 16) / N, true, T, W>(p, tile, stream);
+    else if (tile.row_threads > WARP) launch_with<0, N, MOST / N, (MOST - 8) / N, true, T, W>(p, tile, stream);
+    else if (columns <= 8) launch_with<WARP, N, 8 / N, 0 / N, true, T, W>(p, tile, stream);
+    else if (columns <= 16) launch_with<WARP, N, 16 / N, 8 / N, true, T, W>(p, tile, stream);
+    else if (columns <= 24) launch_with<WARP, N, 24 / N, 16 / N, true, T, W>(p, tile, stream);
+    else if constexpr (MOST > 24) launch_with<WARP, N, 32 / N, 24 / N, true, T, W>(p, tile, stream);
 }
 
 template <int N, class T, class W>
@@ -227,15 +274,23 @@ void launch_tile(const LayerNormBackwardCuda& p, void* stream) {
         Tile tile = tile_of(p.C, N, KEPT_COLUMNS<T>);
         if (tile.row_threads <= MOST_KEPT_THREADS) return launch_kept<N, T, W>(p, tile, stream);
     } else if (p.C <= WARP * READ_TWICE_COLUMNS) {
-        return launch_with<WARP, N, K, false, T, W>(p, {WARP, K}, stream);
+        return launch_with<WARP, N, K, 0, false, T, W>(p, {WARP, K}, stream);
     }
-    launch_with<MOST_THREADS, N, K, false, T, W>(p, {MOST_THREADS, K}, stream);
+    launch_with<MOST_THREADS, N, K, 0, false, T, W>(p, {MOST_THREADS, K}, stream);
 }
 
 }  // namespace
 
-// No instance has fewer threads for a row, and so more workers, than one of two bytes an element.
-int64_t layer_norm_partial_rows(int64_t N, int64_t C) { return workers_of(N, tile_of(C, 1, KEPT_COLUMNS<bf16>)); }
+// No instance has fewer threads for a row, and so more workers, than one of two bytes an element; none pads a row by
+// more than three packets a thread of a row's threads.
+int64_t layer_norm_partial_floats(int64_t N, int64_t C) {
+    int64_t most = 0;
+    for (Tile tile : {tile_of(C, 8, KEPT_COLUMNS<bf16>), Tile{WARP, 4}, Tile{MOST_THREADS, 4}}) {
+        int64_t stride = std::max((int64_t)tile.packets * tile.row_threads * 8, (C + 3) / 4 * 4);
+        most = std::max(most, workers_of(N, tile) * stride);
+    }
+    return most;
+}
 
 void layer_norm_backward_cuda(const LayerNormBackwardCuda& p, void* stream) {
     with_types(p.x.type, p.weight.data ? p.weight.type : p.x.type, p.dy.type == p.x.type, p.C,

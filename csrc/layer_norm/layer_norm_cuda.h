@@ -14,8 +14,8 @@ struct LayerNormForwardCuda {
 };
 void layer_norm_forward_cuda(const LayerNormForwardCuda& p, void* stream);
 
-// dweight and dbias have weight's type. `partial` is memory for layer_norm_partial_rows(N, C) rows of each of the two
-// that is wanted, dweight's first.
+// dweight and dbias have weight's type. `partial` is memory for layer_norm_partial_floats(N, C) floats for each of the
+// two that is wanted.
 struct LayerNormBackwardCuda {
     int64_t N, C;
     Array dy, dtotal, x, weight;
@@ -23,7 +23,7 @@ struct LayerNormBackwardCuda {
     MutableArray dx, dweight, dbias;
     float* partial;
 };
-int64_t layer_norm_partial_rows(int64_t N, int64_t C);
+int64_t layer_norm_partial_floats(int64_t N, int64_t C);
 void layer_norm_backward_cuda(const LayerNormBackwardCuda& p, void* stream);
 
 constexpr int64_t LAYER_NORM_MOST_COLUMNS = 16384;

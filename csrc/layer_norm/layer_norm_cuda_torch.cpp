@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const M
     Tensor dweight = empty(like, {weight ? C : 0}, like.scalar_type());
     Tensor dbias = empty(like, {has_bias ? C : 0}, like.scalar_type());
     Tensor partial =
-        empty(x, {(int64_t)weight.has_value() + has_bias, layer_norm_partial_rows(N, C), C}, ScalarType::Float);
+        empty(x, {(int64_t)weight.has_value() + has_bias, layer_norm_partial_floats(N, C)}, ScalarType::Float);
     layer_norm_backward_cuda(
         {N, C, array(dy), array(dtotal, type_of(x)), array(x), array(weight, type_of(x)), floats(mean), floats(rstd),
          mutable_array(dx), mutable_array(dweight), mutable_array(dbias), floats(partial)},

@@ -27,101 +27,98 @@ struct Forward {
     Global<float> mean, rstd;
     int64_t N;
     int C;
-    float eps;
+    float inverse_C, eps;
 };
 
 // A thread's packets of x, or of the sum with the residual, which is stored: the row that is normalised is rounded to
-// the sum's type. All loads are under way before the first packet is used, unless looking types up separates them
-// anyway.
-template <int ROW_THREADS, int N, int K, class T, class W>
-DEVICE void load_total(const Forward<T, W>& p, int64_t row, Vector<float, N> (&total)[K]) {
-    Vector<Raw<T>, N> x[K], residual[K];
+// the sum's type. All loads are under way before the first packet is used.
+template <int K, class Packets, int N, class T, class W>
+DEVICE void load_total(const Forward<T, W>& p, Packets row, Vector<float, N> (&total)[K]) {
+    Vector<T, N> x[K], residual[K];
     UNROLL
-    for (int k = 0; k < K; ++k) {
-        int column = column_of<ROW_THREADS, N>(k);
-        if (column < p.C) x[k] = load_raw<N>(p.x, row * p.C + column);
-    }
-    constexpr bool AHEAD = !std::is_same_v<T, any>;
-    if (AHEAD && p.residual) {
+    for (int k = 0; k < K; ++k)
+        if (row.exists(k)) x[k] = load_raw<N>(p.x, row.index_of(k));
+    if (p.residual) {
         UNROLL
-        for (int k = 0; k < K; ++k) {
-            int column = column_of<ROW_THREADS, N>(k);
-            if (column < p.C) residual[k] = load_raw<N>(p.residual, row * p.C + column);
-        }
+        for (int k = 0; k < K; ++k)
+            if (row.exists(k)) residual[k] = load_raw<N>(p.residual, row.index_of(k));
+        UNROLL
+        for (int k = 0; k < K; ++k)
+            if (row.exists(k)) store_raw(p.total, row.index_of(k), x[k] = add(x[k], residual[k]));
     }
     UNROLL
+    for (int k = 0; k < K; ++k)
+        if (row.exists(k)) total[k] = to_floats(x[k]);
+}
+
+// The same where types are looked up, packet by packet.
+template <int K, class Packets, int N>
+DEVICE void load_total(const Forward<any, any>& p, Packets row, Vector<float, N> (&total)[K]) {
+    UNROLL
     for (int k = 0; k < K; ++k) {
-        int column = column_of<ROW_THREADS, N>(k);
-        if (column >= p.C) continue;
-        total[k] = to_floats(x[k]);
+        if (!row.exists(k)) continue;
+        total[k] = load_raw<N>(p.x, row.index_of(k));
         if (!p.residual) continue;
-        if (!AHEAD) residual[k] = load_raw<N>(p.residual, row * p.C + column);
-        Vector<float, N> more = to_floats(residual[k]);
-        UNROLL
-        for (int j = 0; j < N; ++j) total[k][j] += more[j];
-        total[k] = store_floats(p.total, row * p.C + column, total[k]);
+        Vector<float, N> residual = load_raw<N>(p.residual, row.index_of(k));
+        total[k] = store_floats(p.total, row.index_of(k), add(total[k], residual));
     }
 }
 
-template <int N, class T, class W>
-DEVICE void store_normalised(const Forward<T, W>& p, int64_t i, int column, Vector<float, N> x, float rstd) {
+// N numbers of weight or bias, or all of them the one that stands for a missing one.
+template <int N, class Pointer>
+DEVICE Vector<float, N> vector_or(float missing, const Pointer& p, int column) {
+    if (p) return load_floats<N>(p, column);
+    Vector<float, N> v;
     UNROLL
-    for (int j = 0; j < N; ++j) x[j] *= rstd;
-    if (p.weight) {
-        Vector<float, N> weight = load_floats<N>(p.weight, column);
-        UNROLL
-        for (int j = 0; j < N; ++j) x[j] *= weight[j];
-    }
-    if (p.bias) {
-        Vector<float, N> bias = load_floats<N>(p.bias, column);
-        UNROLL
-        for (int j = 0; j < N; ++j) x[j] += bias[j];
-    }
-    store_floats(p.y, i, x);
+    for (int j = 0; j < N; ++j) v[j] = missing;
+    return v;
 }
 
-template <int ROW_THREADS, int N, int K, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, class T, class W>
 __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK : MOST_THREADS, 1)
     layer_norm_forward_kernel(Forward<T, W> p) {
     SHARED_ARRAY(float, first_sums, WARP);
     SHARED_ARRAY(float, second_sums, WARP);
-    int64_t row = first_row<ROW_THREADS>();
-    if (row >= p.N) return;  // a warp of its own row: no barrier follows
+    int64_t n = first_row<ROW_THREADS>();
+    if (n >= p.N) return;  // a warp of its own row: no barrier follows
+    Packets<ROW_THREADS, N, FULL> row(n, p.C);
 
     Vector<float, N> x[K];
-    load_total<ROW_THREADS>(p, row, x);
+    load_total(p, row, x);
     float sum = 0, squares = 0;
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if (column_of<ROW_THREADS, N>(k) < p.C) {
-            UNROLL
-            for (int j = 0; j < N; ++j) sum += x[k][j];
-        }
+        if (!row.exists(k)) continue;
+        UNROLL
+        for (int j = 0; j < N; ++j) sum += x[k][j];
     }
-    float mean = row_sum<ROW_THREADS>(sum, first_sums) / (float)p.C;
+    float mean = row_sum<ROW_THREADS>(sum, first_sums) * p.inverse_C;
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if (column_of<ROW_THREADS, N>(k) < p.C) {
-            UNROLL
-            for (int j = 0; j < N; ++j) {
-                x[k][j] -= mean;
-                squares += x[k][j] * x[k][j];
-            }
+        if (!row.exists(k)) continue;
+        UNROLL
+        for (int j = 0; j < N; ++j) {
+            x[k][j] -= mean;
+            squares += x[k][j] * x[k][j];
         }
     }
-    float rstd = rsqrt_approx(row_sum<ROW_THREADS>(squares, second_sums) / (float)p.C + p.eps);
+    float rstd = rsqrt_approx(row_sum<ROW_THREADS>(squares, second_sums) * p.inverse_C + p.eps);
     UNROLL
     for (int k = 0; k < K; ++k) {
-        int column = column_of<ROW_THREADS, N>(k);
-        if (column < p.C) store_normalised(p, row * p.C + column, column, x[k], rstd);
+        if (!row.exists(k)) continue;
+        Vector<float, N> weight = vector_or<N>(1, p.weight, row.column_of(k));
+        Vector<float, N> bias = vector_or<N>(0, p.bias, row.column_of(k));
+        UNROLL
+        for (int j = 0; j < N; ++j) x[k][j] = x[k][j] * rstd * weight[j] + bias[j];
+        store_floats(p.y, row.index_of(k), x[k]);
     }
-    if (column_of<ROW_THREADS, N>(0) == 0) {
-        p.mean[row] = mean;
-        p.rstd[row] = rstd;
+    if (row.column == 0) {
+        p.mean[n] = mean;
+        p.rstd[n] = rstd;
     }
 }
 
-template <int ROW_THREADS, int N, int K, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, class T, class W>
 void launch_with(const LayerNormForwardCuda& p, Tile tile, void* stream) {
     Forward<T, W> f{input<T>(p.x),
                     input<T>(p.residual),
@@ -133,10 +130,11 @@ void launch_with(const LayerNormForwardCuda& p, Tile tile, void* stream) {
                     p.rstd,
                     p.N,
                     (int)p.C,
+                    1 / (float)p.C,
                     p.eps};
     int64_t blocks = (p.N + rows_a_block(tile) - 1) / rows_a_block(tile);
     launch({"layer_norm_forward", blocks, block_of(tile), 0, stream},
-           layer_norm_forward_kernel<ROW_THREADS, N, K, T, W>, f);
+           layer_norm_forward_kernel<ROW_THREADS, N, K, FULL, T, W>, f);
 }
 
 template <int N, class T, class W>
@@ -145,17 +143,18 @@ void launch_tile(const LayerNormForwardCuda& p, void* stream) {
     Tile tile = tile_of(p.C, N, COLUMNS);
     int quarters = (tile.packets + QUARTER - 1) / QUARTER;
     if constexpr (std::is_same_v<T, any>) {
-        if (tile.row_threads > WARP) return launch_with<0, N, COLUMNS / N, T, W>(p, tile, stream);
-        return launch_with<WARP, N, COLUMNS / N, T, W>(p, tile, stream);
+        if (tile.row_threads > WARP) return launch_with<0, N, COLUMNS / N, 0, T, W>(p, tile, stream);
+        return launch_with<WARP, N, COLUMNS / N, 0, T, W>(p, tile, stream);
     } else {
         // Twice as many threads are taken where half of them do not suffice, so that long rows need three quarters or
         // all.
-        if (tile.row_threads > WARP && quarters == 4) return launch_with<0, N, 4 * QUARTER, T, W>(p, tile, stream);
-        if (tile.row_threads > WARP) return launch_with<0, N, 3 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 4) return launch_with<WARP, N, 4 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 3) return launch_with<WARP, N, 3 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 2) return launch_with<WARP, N, 2 * QUARTER, T, W>(p, tile, stream);
-        return launch_with<WARP, N, QUARTER, T, W>(p, tile, stream);
+        if (tile.row_threads > WARP && quarters == 4)
+            return launch_with<0, N, 4 * QUARTER, 3 * QUARTER, T, W>(p, tile, stream);
+        if (tile.row_threads > WARP) return launch_with<0, N, 3 * QUARTER, 2 * QUARTER, T, W>(p, tile, stream);
+        if (quarters == 4) return launch_with<WARP, N, 4 * QUARTER, 3 * QUARTER, T, W>(p, tile, stream);
+        if (quarters == 3) return launch_with<WARP, N, 3 * QUARTER, 2 * QUARTER, T, W>(p, tile, stream);
+        if (quarters == 2) return launch_with<WARP, N, 2 * QUARTER, QUARTER, T, W>(p, tile, stream);
+        return launch_with<WARP, N, QUARTER, 0, T, W>(p, tile, stream);
     }
 }
 

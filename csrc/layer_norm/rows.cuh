@@ -39,12 +39,24 @@ DEVICE int64_t first_row() {
     return ROW_THREADS == WARP ? (int64_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP : (int64_t)blockIdx.x;
 }
 
-// First column of this thread's packet k.
-template <int ROW_THREADS, int N>
-DEVICE int column_of(int k) {
-    int threads = ROW_THREADS ? ROW_THREADS : (int)blockDim.x;
-    return (k * threads + (int)threadIdx.x % threads) * N;
-}
+// A thread's packets of a row of C columns. The first FULL packets exist in every thread.
+template <int ROW_THREADS, int N, int FULL>
+struct Packets {
+    static constexpr int ROW = ROW_THREADS;
+    int C, column;  // of the first packet
+    int64_t begin;  // of the row in an array of all rows
+
+    DEVICE Packets(int64_t row, int C) : C(C) {
+        column = (int)threadIdx.x % threads() * N;
+        begin = row * C;
+    }
+    // Where registers are short: no address computed so far is worth keeping.
+    DEVICE void forget() { column = opaque(column); }
+    DEVICE static int threads() { return ROW_THREADS ? ROW_THREADS : (int)blockDim.x; }
+    DEVICE int column_of(int k) const { return column + k * (threads() * N); }
+    DEVICE int64_t index_of(int k) const { return begin + column_of(k); }
+    DEVICE bool exists(int k) const { return k < FULL || column_of(k) < C; }
+};
 
 // The sum over a row of a number a thread. A block that is one row takes a barrier, and a scratch of its own each time.
 template <int ROW_THREADS>

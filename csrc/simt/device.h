@@ -10,6 +10,7 @@
 #define __launch_bounds__(...)
 #define DEVICE __forceinline__  // also so that every access in a kernel has an address of its own
 #define UNROLL
+#define UNROLL_BY4
 
 #include "common/number.cuh"
 //

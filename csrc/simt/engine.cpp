@@ -1,87 +1,28 @@
-#include "simt/engine.h"
-
+// Threads as fibers: when each runs, what it waits for, and what becomes of a block whose threads wait in vain.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "common/device.cuh"
-#include "simt/fiber.h"
-#include "simt/log.h"
-#include "simt/shadow.h"
+#include "simt/state.h"
 
 namespace gptkernels::simt {
 namespace {
 
-struct Copy {
-    uint32_t to;
-    const void* from;
-    int bytes;
-    int64_t group;
-};
-
-enum class State { RUNNABLE, AT_WARP_FUNCTION, AT_BARRIER, RETURNED };
-
-struct Thread {
-    Coordinates coordinates;  // first: `coordinates` points here
-    Fiber fiber;
-    State state;
-    int line;  // where it waits
-    WarpFunction function;
-    void* operands;
-    std::vector<Copy> copies;
-    int64_t group;  // of cp.async that is not committed yet
-};
-
-struct Warp {
-    uint32_t runnable;  // a bit a lane
-    int arrived;        // lanes at the warp function
-    uint32_t epoch;     // see shadow.h
-    WarpLog log;
-};
-
-struct StaticArray {
-    const void* key;
-    uint32_t address;
-};
-
-struct Block {
-    int threads, warps;
-    int at_barrier;
-    uint32_t epoch;
-    bool aborted;
-    std::vector<char> shared;
-    uint32_t dynamic_size;
-    std::vector<StaticArray> arrays;
-    Shadow shadow;
-};
-
 constexpr size_t MESSAGES = 20;
 
-Thread threads[MAX_THREADS];
-Warp warps[MAX_THREADS / LANES];
-Block block;
 Fiber main_fiber;
-int running;  // index of the running thread
 const std::function<void()>* kernel;
 const char* kernel_name;
-KernelReport* kernel_report;
 int64_t violations_now;  // of this launch
 std::string first_message;
-int64_t lane_counts[CLASSES];  // of classes that are counted by lane
-std::vector<Extent> buffers;
 uint64_t schedule_seed, random_state;
 
 uint32_t random_below(uint32_t n) {
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)((random_state >> 33) % n);
 }
-
-Thread& me() { return threads[running]; }
-Warp& my_warp() { return warps[running / LANES]; }
-Stamp now() { return Stamp::make(block.epoch, my_warp().epoch, (uint32_t)running); }
 
 // A lane of the current warp if one can run, else of the next warp that has one; -1 if none has.
 int next_thread() {
@@ -203,33 +144,15 @@ void check_launch(const Launch& l) {
         throw std::runtime_error(text + "a grid must be from 1 to 2^31 - 1, 65535 and 65535 blocks");
 }
 
-void report_hazard(Hazard hazard, const char* what, uint32_t address, int bytes, uint32_t other) {
-    Violation kind = hazard == Hazard::UNINITIALISED ? Violation::UNINITIALISED_SHARED
-                     : hazard == Hazard::RACE        ? Violation::SHARED_RACE
-                                                     : Violation::COPY_IN_FLIGHT;
-    if (hazard == Hazard::UNINITIALISED) violation(kind, "%s of %d bytes at %u", what, bytes, address);
-    else violation(kind, "%s of %d bytes at %u, used by thread %u without a barrier", what, bytes, address, other);
-}
-
-uint32_t site_of(const void* return_address) { return (uint32_t)reinterpret_cast<uintptr_t>(return_address); }
-
-// Bounds and alignment of a shared access.
-bool shared_fits(const char* what, uint32_t address, int bytes, uint32_t begin, uint32_t end) {
-    if (address < begin || address + (uint32_t)bytes > end || address + (uint32_t)bytes < address) {
-        violation(Violation::OUT_OF_BOUNDS_SHARED, "%s of %d bytes at %d of an array of %d bytes", what, bytes,
-                  (int)(address - begin), (int)(end - begin));
-        return false;
-    }
-    if (address % (uint32_t)bytes != 0) {
-        violation(Violation::MISALIGNED, "%s of %d bytes at shared address %u", what, bytes, address);
-        return false;
-    }
-    return true;
-}
-
 }  // namespace
 
 Coordinates* coordinates;
+Thread threads[MAX_THREADS];
+Warp warps[MAX_THREADS / LANES];
+Block block;
+int running;
+KernelReport* kernel_report;
+int64_t lane_counts[CLASSES];
 
 Device& emulated_device() {
     static Device the_device{80, 108, 163 * 1024};
@@ -238,27 +161,9 @@ Device& emulated_device() {
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
 
-void add_buffer(const void* begin, int64_t bytes) {
-    if (bytes > 0) buffers.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes});
-}
-
-void clear_buffers() { buffers.clear(); }
-
 std::recursive_mutex& one_operator() {
     static std::recursive_mutex mutex;
     return mutex;
-}
-
-Extent extent_of(const void* pointer) {
-    const char* p = static_cast<const char*>(pointer);
-    Extent best{p, p};
-    bool begins = false;
-    for (const Extent& b : buffers) {
-        bool here = b.begin == p, inside = b.begin <= p && p < b.end;
-        if ((here && (!begins || b.end > best.end)) || (inside && !begins)) best = b;
-        begins |= here;
-    }
-    return best;
 }
 
 void run(const Launch& l, const std::function<void()>& body) {
@@ -294,85 +199,6 @@ void violation(Violation kind, const char* format, ...) {
     Report& r = report();
     ++r.violations[(int)kind];
     if (r.messages.size() < MESSAGES) r.messages.push_back(message);
-}
-
-bool global_access(Class c, const void* p, int bytes, Extent extent) {
-    const char* q = static_cast<const char*>(p);
-    if (q < extent.begin || q + bytes > extent.end) {
-        violation(Violation::OUT_OF_BOUNDS_GLOBAL, "%s of %d bytes at %lld of a buffer of %lld bytes", name_of(c),
-                  bytes, (long long)(q - extent.begin), (long long)(extent.end - extent.begin));
-        return false;
-    }
-    if (reinterpret_cast<uintptr_t>(p) % (uintptr_t)bytes != 0) {
-        violation(Violation::MISALIGNED, "%s of %d bytes at %p", name_of(c), bytes, p);
-        return false;
-    }
-    my_warp().log.add(running % LANES,
-                      {reinterpret_cast<uintptr_t>(p), site_of(__builtin_return_address(0)), c, false, (uint8_t)bytes});
-    return true;
-}
-
-bool shared_access(Class c, uint32_t address, int bytes, uint32_t begin, uint32_t end) {
-    if (!shared_fits(name_of(c), address, bytes, begin, end)) return false;
-    uint32_t other = 0;
-    Hazard hazard = c == Class::LOAD_SHARED ? block.shadow.read(address, (uint32_t)bytes, now(), other)
-                                            : block.shadow.write(address, (uint32_t)bytes, now(), other);
-    if (hazard != Hazard::NONE) report_hazard(hazard, name_of(c), address, bytes, other);
-    my_warp().log.add(running % LANES, {address, site_of(__builtin_return_address(0)), c, true, (uint8_t)bytes});
-    return true;
-}
-
-void count(Class c) { ++lane_counts[(int)c]; }
-
-char* shared_memory() { return block.shared.data(); }
-uint32_t dynamic_shared_size() { return block.dynamic_size; }
-
-uint32_t static_shared(const void* key, uint32_t bytes) {
-    for (const StaticArray& array : block.arrays)
-        if (array.key == key) return array.address;
-    uint32_t address = (uint32_t)(block.shared.size() + 15) / 16 * 16;
-    block.shared.resize(address + bytes, (char)0xff);
-    block.shadow.grow(address + bytes);
-    block.arrays.push_back({key, address});
-    return address;
-}
-
-void copy_start(uint32_t to, uint32_t begin, uint32_t end, const void* from, int bytes, Extent extent) {
-    constexpr int SIZE = 16;
-    if (!shared_fits("cp.async", to, SIZE, begin, end)) return;
-    const char* q = static_cast<const char*>(from);
-    if (bytes > 0 && (q < extent.begin || q + bytes > extent.end)) {
-        violation(Violation::OUT_OF_BOUNDS_GLOBAL, "cp.async of %d bytes at %lld of a buffer of %lld bytes", bytes,
-                  (long long)(q - extent.begin), (long long)(extent.end - extent.begin));
-        return;
-    }
-    if (reinterpret_cast<uintptr_t>(from) % SIZE != 0)
-        return violation(Violation::MISALIGNED, "cp.async from %p", from);
-    uint32_t other = 0;
-    Hazard hazard = block.shadow.begin_copy(to, SIZE, now(), other);
-    if (hazard != Hazard::NONE) report_hazard(hazard, "cp.async", to, SIZE, other);
-    memset(shared_memory() + to, 0xff, SIZE);
-    me().copies.push_back({to, from, bytes, me().group});
-    uint32_t site = site_of(__builtin_return_address(0));
-    my_warp().log.add(running % LANES, {to, site, Class::CP_ASYNC, true, SIZE});
-    if (bytes > 0)
-        my_warp().log.add(running % LANES,
-                          {reinterpret_cast<uintptr_t>(from), site, Class::CP_ASYNC, false, (uint8_t)bytes});
-}
-
-void copy_commit() { ++me().group; }
-
-void copy_wait(int pending) {
-    size_t landed = 0;
-    for (const Copy& copy : me().copies) {
-        if (copy.group >= me().group - pending) break;
-        char* to = shared_memory() + copy.to;
-        memcpy(to, copy.from, (size_t)copy.bytes);
-        memset(to + copy.bytes, 0, (size_t)(16 - copy.bytes));
-        block.shadow.end_copy(copy.to, 16, now());
-        ++landed;
-    }
-    me().copies.erase(me().copies.begin(), me().copies.begin() + (std::ptrdiff_t)landed);
 }
 
 void block_barrier(int line) {
@@ -433,24 +259,6 @@ void warp_collective(Class c, WarpFunction function, void* operands, int line) {
     if (c != Class::LDMATRIX) ++kernel_report->counters[(int)c].instructions;
     function(of_lane);
     if (warp.log.is_long()) warp.log.settle(*kernel_report);
-}
-
-bool ldmatrix_access(const uint32_t* addresses, const uint32_t* begins, const uint32_t* ends, int matrices) {
-    int last = running;
-    bool fit = true;
-    for (int lane = 0; lane < 8 * matrices; ++lane) {
-        running = last / LANES * LANES + lane;  // the lane whose row it is reads it
-        if (!shared_fits("ldmatrix", addresses[lane], 16, begins[lane], ends[lane])) {
-            fit = false;
-            continue;
-        }
-        uint32_t other = 0;
-        Hazard hazard = block.shadow.read(addresses[lane], 16, now(), other);
-        if (hazard != Hazard::NONE) report_hazard(hazard, "ldmatrix", addresses[lane], 16, other);
-    }
-    running = last;
-    count_ldmatrix(*kernel_report, addresses, matrices);
-    return fit;
 }
 
 }  // namespace gptkernels::simt

@@ -42,6 +42,13 @@ DEVICE float2 unpack2(uint32_t packed) {
     return {to_float(T{(uint16_t)packed}), to_float(T{(uint16_t)(packed >> 16)})};
 }
 
+// The sum of two such numbers is exact in fp32 where its rounding to 16 bits depends on it.
+template <class T>
+DEVICE uint32_t add2(uint32_t a, uint32_t b) {
+    float2 x = unpack2<T>(a), y = unpack2<T>(b);
+    return pack2<T>(x.x + y.x, x.y + y.y);
+}
+
 template <class T>
 DEVICE T from_float(float x) {
     if constexpr (sizeof(T) == 4) return x;
@@ -52,6 +59,8 @@ DEVICE uint32_t to_tf32(float x) {
     uint32_t u = __float_as_uint(x);
     return std::isfinite(x) ? (u + 0x1000) & ~0x1fffu : x == x ? u : 0x7fffffff;
 }
+
+DEVICE int opaque(int x) { return x; }
 
 DEVICE float exp2_approx(float x) {
     simt::count(simt::Class::APPROXIMATION);

@@ -34,7 +34,7 @@ def linear_cross_entropy(
         ignore_index: the target of rows that do not count.
         reduction: "mean" or "sum".
         vocab_size: rows of weight that are words; the rest is padding, takes no part and gets a zero gradient. None: all.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "simt".
     Returns:
         0-d float32 (float64 for float64 inputs); "mean" over no row at all is NaN, as in PyTorch.
     Raises:
