@@ -6,7 +6,8 @@
 //   memory    Global<T>, Shared<T>: p[i], p + i, load<N>(p), store(p, vector), SHARED_ARRAY, dynamic_shared,
 //             ldmatrix_x1/x2/x4(_trans), cp_async16, cp_async_commit, cp_async_wait<N>, atomicAdd
 //   warp      FULL_WARP, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync
-//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>, {exp2, log2, rcp, rsqrt}_approx, opaque
+//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>, opaque,
+//             {exp2, log2, rcp, rsqrt}_approx
 //   host      launch({name, grid, threads, shared_bytes, stream}, kernel, arguments...), device()
 //
 // A Global<const T> is read past the coherent cache (ld.global.nc): nothing may write there while the kernel runs.
