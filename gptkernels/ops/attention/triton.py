@@ -62,7 +62,7 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
         part = 32 if D <= 64 else part_of(D)  # sm_100 spills at 64
         return tile(128, 64, part, D, num_warps=8, num_stages=3 if D <= 128 else 2)
     if D <= 64:
-        return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, num_stages=3, held=True)
+        return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, held=True)
     if D <= 128:
         if dropout:
             return tile(64, 32, 128, D)
