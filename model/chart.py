@@ -13,7 +13,7 @@ from html import escape
 from model.loss_svg import Point, ticks
 
 WIDTH, HEIGHT = 380, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 40
 
 
 @dataclass(frozen=True)
