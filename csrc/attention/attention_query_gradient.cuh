@@ -106,13 +106,17 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (STAGES > 1 && last > 0) start(0, 0);
     cp_async_commit();
     terms = terms + ((int64_t)b * p.H + h) * 2 * rows_of_terms(p) + m;
-    row_terms<T, D, OWNED, THREADS>(dout, out, stats, b, h, m, p, [&](int row, float lse, float delta) {
-        terms[row] = lse;
-        terms[rows_of_terms(p) + row] = delta;
-        // A row that sees one key has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
-        row_memory[row] = m + row + offset == 0 ? INFINITY : lse;
-        row_memory[OWNED + row] = delta;
-    });
+    row_terms<T, D, OWNED, THREADS>(
+        dout, out, stats, b, h, m, p,
+        [&](int row, float lse) {
+            terms[row] = lse;
+            // A row that sees one key has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
+            row_memory[row] = m + row + offset == 0 ? INFINITY : lse;
+        },
+        [&](int row, float delta) {
+            terms[rows_of_terms(p) + row] = delta;
+            row_memory[OWNED + row] = delta;
+        });
     cp_async_wait<1>();
     __syncthreads();
 

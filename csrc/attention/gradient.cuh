@@ -106,35 +106,39 @@ struct Fragments {
 // Rows of the terms (B, H, 2, rows): lse and delta, a whole number of tiles.
 DEVICE int rows_of_terms(const AttentionSizes& p) { return (p.T + TERM_ROWS - 1) / TERM_ROWS * TERM_ROWS; }
 
-// f(row, lse, delta) by one lane for each of the rows [m, m + ROWS) of a head. lse counts in powers of two; it is
-// infinite, so that weights are 0, for rows without a key or beyond T.
-template <class T, int D, int ROWS, int THREADS, class F>
+// lse(row, value) and delta(row, value), by one thread each, for the rows [m, m + ROWS) of a head. lse counts in powers
+// of two; it is infinite, so that weights are 0, for rows without a key or beyond T.
+template <class T, int D, int ROWS, int THREADS, class Lse, class Delta>
 DEVICE void row_terms(const Heads<const T>& dout, const Heads<const T>& out, Global<const float> stats, int b, int h,
-                      int m, const AttentionSizes& p, const F& f) {
-    constexpr int LANES = D / 8;
-    static_assert(ROWS * LANES % THREADS == 0);
-    int packet = threadIdx.x % LANES * 8;
-    Global<const T> x = dout.head(b, h) + packet, y = out.head(b, h) + packet;
+                      int m, const AttentionSizes& p, const Lse& lse, const Delta& delta) {
+    constexpr int LANES = D / 8, STEP = THREADS / LANES;
+    static_assert(ROWS % STEP == 0 && ROWS <= THREADS);
     stats = stats + ((int64_t)b * p.H + h) * p.T * 2;
+    if (int row = threadIdx.x; row < ROWS) {
+        Vector<float, 2> s = {0.0f, 0.0f};
+        if (m + row < p.T) s = load<2>(stats + 2 * (m + row));
+        lse(row, s[1] != 0.0f ? s[0] * LOG2E + log2_approx(s[1]) : INFINITY);
+    }
+    int row = threadIdx.x / LANES, packet = threadIdx.x % LANES * 8;
+    Global<const T> x = dout.head(b, h) + ((m + row) * dout.stride_t + packet);
+    Global<const T> y = out.head(b, h) + ((m + row) * out.stride_t + packet);
     UNROLL
-    for (int i = 0; i < ROWS * LANES / THREADS; ++i) {
-        int row = threadIdx.x / LANES + i * (THREADS / LANES), t = m + row;
-        float delta = 0.0f;
-        if (t < p.T && packet < p.D) {
-            auto a = load<8>(x + t * dout.stride_t), c = load<8>(y + t * out.stride_t);
+    for (int i = 0; i < ROWS / STEP; ++i) {
+        float sum = 0.0f;
+        if (m + row < p.T && packet < p.D) {
+            auto a = load<4>(x.template as<const uint32_t>()), c = load<4>(y.template as<const uint32_t>());
             UNROLL
-            for (int e = 0; e < 8; ++e) delta += to_float(a[e]) * to_float(c[e]);
+            for (int e = 0; e < 4; ++e) {
+                float2 u = unpack2<T>(a[e]), w = unpack2<T>(c[e]);
+                sum += u.x * w.x + u.y * w.y;
+            }
         }
         UNROLL
-        for (int shift = 1; shift < LANES; shift *= 2) delta += __shfl_xor_sync(FULL_WARP, delta, shift);
-        if (packet == 0) {
-            float lse = INFINITY;
-            if (t < p.T) {
-                auto s = load<2>(stats + 2 * t);
-                if (s[1] != 0.0f) lse = s[0] * LOG2E + log2_approx(s[1]);
-            }
-            f(row, lse, delta);
-        }
+        for (int distance = 1; distance < LANES; distance *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, distance);
+        if (packet == 0) delta(row, sum);
+        row += STEP;
+        x = x + STEP * dout.stride_t;
+        y = y + STEP * out.stride_t;
     }
 }
 

@@ -43,6 +43,7 @@ struct OnePass {
         const int warp = __shfl_sync(FULL_WARP, (int)threadIdx.x / 32, 0);
         const int query = warp / (D / COLUMNS) * QUERIES, column = warp % (D / COLUMNS) * COLUMNS;
         Shared<T> left = right_place<STREAM>(ds, lane), right = left_place<D>(k_tile, lane);
+        sums = sums + ((query / 16 * (D / 8) + column / 8) * 128 + lane);
         float dq[M_TILES][N_TILES][4] = {};
         UNROLL
         for (int key = 0; key < Tile::OWNED; key += 16) {
@@ -55,8 +56,7 @@ struct OnePass {
         UNROLL
         for (int i = 0; i < M_TILES; ++i) UNROLL
         for (int j = 0; j < N_TILES; ++j) UNROLL
-        for (int e = 0; e < 4; ++e)
-            atomicAdd(sums + (((query / 16 + i) * (D / 8) + column / 8 + j) * 128 + 32 * e + lane), dq[i][j][e]);
+        for (int e = 0; e < 4; ++e) atomicAdd(sums + ((i * (D / 8) + j) * 128 + 32 * e), dq[i][j][e]);
     }
 };
 
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(256)
     const int m = blockIdx.x * TERM_ROWS, h = blockIdx.y, b = blockIdx.z, rows = rows_of_terms(p);
     const int64_t head = (int64_t)b * p.H + h;
     terms = terms + (head * 2 * rows + m);
-    row_terms<T, D, TERM_ROWS, 256>(dout, out, stats, b, h, m, p, [&](int row, float lse, float delta) {
-        terms[row] = lse;
-        terms[rows + row] = delta;
-    });
+    row_terms<T, D, TERM_ROWS, 256>(
+        dout, out, stats, b, h, m, p, [&](int row, float lse) { terms[row] = lse; },
+        [&](int row, float delta) { terms[rows + row] = delta; });
     dq_sums = dq_sums + (head * rows + m) * D;
-    for (int i = threadIdx.x * 4; i < TERM_ROWS * D; i += 1024) store(dq_sums + i, Vector<float, 4>{});
+    UNROLL
+    for (int i = 0; i < TERM_ROWS * D; i += 1024) store(dq_sums + (i + 4 * (int)threadIdx.x), Vector<float, 4>{});
 }
 
 // dq from its sums: a thread rounds a packet.
@@ -84,12 +84,12 @@ __global__ void __launch_bounds__(256) attention_finish(Global<const float> dq_s
     Global<T> to = dq.head(b, h);
     // A row that sees one key has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
     const int one_key = p.T - p.S;
-    for (int i = threadIdx.x; i < TERM_ROWS * D / 8; i += 256) {
-        int row = i / D * 8 + i % 8,
-            packet = i / 8 % (D / 8);  // a warp: eight rows of four packets, whole sectors both ways
+    // A warp takes eight rows of four packets at a time: whole sectors both ways.
+    for (int tile = threadIdx.x / 32; tile < TERM_ROWS / 8 * (D / 32); tile += 8) {
+        int row = tile / (D / 32) * 8 + threadIdx.x % 8, packet = tile % (D / 32) * 4 + threadIdx.x % 32 / 8;
         if (m + row >= p.T || packet * 8 >= p.D) continue;
-        Global<const float> tile = dq_sums + ((row / 16 * (D / 8) + packet) * 128 + row % 16 / 8 * 64 + row % 8 * 4);
-        auto even = load<4>(tile), odd = load<4>(tile + 32);
+        Global<const float> from = dq_sums + ((row / 16 * (D / 8) + packet) * 128 + row % 16 / 8 * 64 + row % 8 * 4);
+        auto even = load<4>(from), odd = load<4>(from + 32);
         float scale = m + row == one_key ? 0.0f : p.scale;
         Vector<uint32_t, 4> packed;
         UNROLL
