@@ -1,8 +1,8 @@
 // Causal attention on fp32 numbers, forward and backward (formulas as in attention_forward.cuh and gradient.cuh).
 //
 // q is multiplied by the scale as it is loaded, in all three kernels alike, so that each finds the same scores and
-// stats hold a row's very largest one. Cost: the products' flops at fp32's rate, which binds: 4 to 8 multiply-adds for
-// each shared-memory packet. Deterministic.
+// stats hold a row's very largest one. expf, not exp2_approx: that one's argument loses digits to the factor. Cost: the
+// products' flops at fp32's rate, which binds: 4 to 8 multiply-adds for each shared-memory packet. Deterministic.
 #include "attention/float_tile.cuh"
 #include "attention/launch.cuh"
 
@@ -43,9 +43,9 @@ DEVICE void softmax(typename Tile::Scores& s, float (&m)[Tile::RM], float (&l)[T
         for (int j = 0; j < Tile::RN; ++j) largest = fmaxf(largest, s[i][j]);
         largest = row_max(largest);
         float from = largest == -INFINITY ? 0.0f : largest;  // a row that has seen no key yet: weights 0, not NaN
-        alpha[i] = exp_approx(m[i] - from);
+        alpha[i] = expf(m[i] - from);
         UNROLL
-        for (int j = 0; j < Tile::RN; ++j) sum += s[i][j] = exp_approx(s[i][j] - from);
+        for (int j = 0; j < Tile::RN; ++j) sum += s[i][j] = expf(s[i][j] - from);
         l[i] = alpha[i] * l[i] + sum;
         m[i] = largest;
     }
@@ -100,6 +100,24 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) attention_float_forward(Floa
     store_outputs<Tile>(acc, inverse, a.y, b, h, m0, p.T, p.D);
 }
 
+// delta of rows all of whose keys lie in the first tile, by the very numbers that it is subtracted from: a query that
+// sees one key then has a gradient of exactly 0, whatever out was rounded to, and one of few keys no error of its own.
+template <class Tile>
+DEVICE void delta_of_tile(float (&delta)[Tile::RM], const typename Tile::Scores& weights,
+                          const typename Tile::Scores& dp, Global<float> terms, int m, int offset) {
+    UNROLL
+    for (int i = 0; i < Tile::RM; ++i) {
+        int row = m + (int)threadIdx.x / 16 * Tile::RM + i;
+        float sum = 0.0f;
+        UNROLL
+        for (int j = 0; j < Tile::RN; ++j) sum += weights[i][j] * dp[i][j];
+        sum = row_sum(sum);
+        if (row + offset >= Tile::COLUMNS) continue;
+        delta[i] = sum;
+        if (threadIdx.x % 16 == 0) terms[row] = sum;
+    }
+}
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1) attention_float_query_gradient(FloatArguments a) {
     constexpr int RM = Tile::RM, RN = Tile::RN, ROWS = Tile::ROWS, COLUMNS = Tile::COLUMNS, LD = Tile::LD;
@@ -138,8 +156,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) attention_float_query_gradie
         delta[i] = row_sum(sum);
         inverse[i] = l == 0.0f ? 0.0f : 1.0f / l;
         if (x == 0) terms[row] = inverse[i], terms[a.rows_of_terms() + row] = delta[i];
-        // A row that sees one key has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
-        if (row + offset == 0) inverse[i] = 0.0f;
     }
     typename Tile::Outputs acc = {};
     for (int n = 0; n < last; n += COLUMNS) {
@@ -155,9 +171,12 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) attention_float_query_gradie
         for (int j = 0; j < RN; ++j) {
             int row = m0 + y * RM + i + offset, column = n + x + 16 * j;
             if (Tile::DROPOUT) dp[i][j] = keeps(dropout, row, column) ? dp[i][j] * p.keep_scale : 0.0f;
-            float weight = column <= row ? exp_approx(s[i][j] - m[i]) * inverse[i] : 0.0f;
-            s[i][j] = weight * (dp[i][j] - delta[i]);
+            s[i][j] = column <= row ? expf(s[i][j] - m[i]) * inverse[i] : 0.0f;
         }
+        if (n == 0) delta_of_tile<Tile>(delta, s, dp, terms + a.rows_of_terms(), m0, offset);
+        UNROLL
+        for (int i = 0; i < RM; ++i) UNROLL
+        for (int j = 0; j < RN; ++j) s[i][j] *= dp[i][j] - delta[i];
         store_scores<Tile>(s, weights);
         __syncthreads();
         add_weighted<Tile>(acc, ones, weights, k_tile);
@@ -207,7 +226,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) attention_float_key_gradient
             for (int i = 0; i < RM; ++i) {
                 int key = n0 + y * RM + i;
                 bool keep = !Tile::DROPOUT || keeps(dropout, query + offset, key);
-                float weight = key <= query + offset ? exp_approx(s[i][j] - largest) * inverse : 0.0f;
+                float weight = key <= query + offset ? expf(s[i][j] - largest) * inverse : 0.0f;
                 if (Tile::DROPOUT) dp[i][j] = keep ? dp[i][j] * p.keep_scale : 0.0f;
                 dp[i][j] = weight * (dp[i][j] - delta);
                 s[i][j] = keep ? weight : 0.0f;

@@ -129,9 +129,6 @@ DEVICE float row_max(float x) {
     return x;
 }
 
-// e^x
-DEVICE float exp_approx(float x) { return exp2_approx(x * LOG2E); }
-
 // Whether dropout keeps an element; the row is counted on the keys' axis.
 DEVICE bool keeps(const Dropout& dropout, int row, int column) {
     return dropout.quad(column / 4, row) >> column % 4 & 1;
