@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK
     if (p.dbias) store_sums(p.dbias + worker * p.stride, first, dbias);
 }
 
-constexpr int SUM_WARPS = 16;
+constexpr int SUM_WARPS = 8;
 
 struct Sums {
     Global<const float> rows[2];  // of dweight and dbias, a row a worker

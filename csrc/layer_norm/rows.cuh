@@ -36,7 +36,10 @@ DEVICE int block_rows() {
 }
 template <int ROW_THREADS>
 DEVICE int64_t first_row() {
-    return ROW_THREADS == WARP ? (int64_t)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP : (int64_t)blockIdx.x;
+    if constexpr (ROW_THREADS != WARP) return (int64_t)blockIdx.x;
+    // From lane 0, so that the compiler sees one number a warp and shuffles after a branch on it need no reconvergence.
+    int warp = __shfl_sync(FULL_WARP, (int)threadIdx.x / WARP, 0);
+    return (int64_t)blockIdx.x * (BLOCK / WARP) + warp;
 }
 
 // A thread's packets of a row of C columns. The first FULL packets exist in every thread.
