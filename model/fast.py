@@ -45,7 +45,10 @@ class TiedLookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dtable: Tensor) -> tuple[Tensor, None]:
         (idx,) = ctx.saved_tensors
-        return dtable.index_add_(0, idx.flatten(), drows.flatten(0, 1)), None
+        words, rows = idx.flatten(), drows.flatten(0, 1)
+        if dtable.is_cuda:  # where index_add_ is in any order, and this in the order of the tokens
+            return dtable.index_put_((words,), rows, accumulate=True), None
+        return dtable.index_add_(0, words, rows), None
 
 
 class FastGPT(nn.Module):

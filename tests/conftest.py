@@ -8,6 +8,8 @@ import torch
 
 # Read when the native library makes its first large result.
 os.environ["GPTKERNELS_POISON"] = "1"
+# cuBLAS gives the same bits every time with a workspace of its own; read when it is first used.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # A shell ignores Ctrl-C in what it starts in the background, and so would the trainer under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,3 +29,15 @@ def threads():
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where there is a GPU, a test of one of its backends makes its tensors there."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not torch.cuda.is_available() or parameters.get("backend") not in ("triton", "cuda"):
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)

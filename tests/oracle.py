@@ -8,6 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
+from gptkernels import available_backends
+
 # The backends under test and what each computes in. The reference is the oracle; its own tests compare it with torch's ops.
 BACKENDS = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -15,8 +17,11 @@ BACKENDS = {
 }
 # The CUDA kernels on the CPU, for the operators that have them.
 SIMT = {"simt": (torch.float32, torch.bfloat16, torch.float16)}
+# With a GPU they run there too, and Triton's are compiled (conftest.py makes it the device of those tests).
+GPU = torch.cuda.is_available()
+CUDA = {"cuda": (torch.float32, torch.bfloat16, torch.float16)} if available_backends()["cuda"] is None else {}
 # Those that interpret or emulate their kernels: they run the small cases only.
-SLOW_BACKENDS = ("triton", "simt")
+SLOW_BACKENDS = ("simt",) if GPU else ("triton", "simt")
 # Of a layout a kernel sees strides and the size of an element: a slow backend runs those cases in one dtype.
 LAYOUT_DTYPES = (torch.bfloat16,)
 
@@ -48,7 +53,8 @@ backends, dtypes, cases = over(BACKENDS)
 
 
 def generator(seed):
-    return torch.Generator().manual_seed(seed)
+    """Of random numbers on the test's device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def draw(shape, dtype, seed, scale=1.0):
@@ -58,7 +64,7 @@ def draw(shape, dtype, seed, scale=1.0):
 
 def storage_of(x):
     """All bytes of the memory that x lies in, gaps between its elements included."""
-    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).clone()
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()
 
 
 def results(call, inputs, douts=None, layout="contiguous", seed=91):
@@ -98,7 +104,7 @@ def largest(x):
 
 def accesses_checked(backend: str) -> AbstractContextManager[None]:
     """Triton's kernels watched for accesses out of bounds and races between programs."""
-    return import_module("interpreter_checks").checked() if backend == "triton" else nullcontext()
+    return import_module("interpreter_checks").checked() if backend == "triton" and not GPU else nullcontext()
 
 
 def check_against_oracle(call, inputs, backend, draws=None, few=64):

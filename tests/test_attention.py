@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    CUDA,
     LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
@@ -30,7 +31,7 @@ from gptkernels import causal_attention, causal_attention_packed
 from gptkernels.ops.attention import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-backends, dtypes, cases = over(BACKENDS)
+backends, dtypes, cases = over({**BACKENDS, **CUDA})
 # B, H, T, S, D: queries as many as keys, fewer, more; around the tiles' edges; every width of tile and tails of it.
 SMALL = [
     (1, 2, 1, 1, 8),
@@ -168,10 +169,11 @@ MASKS = [(2, 3, 9, 9), (1, 2, 5, 12), (1, 1, 8, 3), (1, 1, 63, 97), (1, 1, 1, 25
 @pytest.mark.parametrize("seed", [0, 1234, -7, 2**62 + 3, torch.tensor(2**35 + 1)], ids=str)
 def test_dropout_mask_is_the_references(backend, dtype, B, H, T, S, seed):
     """Equal scores and an identity matrix for v: the output is the mask itself, scaled."""
+    seed = seed.to(torch.get_default_device()) if isinstance(seed, torch.Tensor) else seed
     zeros = torch.zeros(B, H, T, S, dtype=dtype), torch.zeros(B, H, S, S, dtype=dtype)
     v = torch.eye(S, dtype=dtype).expand(B, H, S, S)
     out = causal_attention(*zeros, v, dropout_p=0.25, seed=seed, backend=backend)
-    keep = reference.dropout_keep(torch.as_tensor(seed), 0.25, (B, H, T, S)) & causal_mask(T, S)
+    keep = reference.dropout_keep(torch.as_tensor(seed, device=v.device), 0.25, (B, H, T, S)) & causal_mask(T, S)
     assert torch.equal(out != 0, keep)
     weights = keep / causal_mask(T, S).sum(-1, keepdim=True).clamp(min=1) / 0.75
     torch.testing.assert_close(out, weights.to(dtype))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    CUDA,
     LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
@@ -26,7 +27,7 @@ from gptkernels import layer_norm
 from gptkernels.ops.layer_norm import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-backends, dtypes, cases = over(BACKENDS)
+backends, dtypes, cases = over({**BACKENDS, **CUDA})
 SMALL = [(1,), (7,), (1, 1), (1, 7), (3, 2), (2, 3, 8), (5, 33), (9, 64), (3, 384), (2, 1000), (1, 4099), (2, 7001)]
 LARGE = [(67, 9), (2, 1, 5, 768), (130, 100), (33, 1000), (2000, 5)]
 EMPTY = [(0, 7), (3, 0, 5)]

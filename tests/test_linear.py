@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    CUDA,
     LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
@@ -25,7 +26,7 @@ from gptkernels import linear
 from gptkernels.ops.linear import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-backends, dtypes, cases = over(BACKENDS)
+backends, dtypes, cases = over({**BACKENDS, **CUDA})
 # x's shape and C_out. The product's register tile is 6 or 12 rows by 8 to 32 columns, a slice of the sum 384 or 768 deep,
 # a block 384 columns by 1020 rows: each of the three products of forward and backward crosses each edge.
 SMALL = [((1, 1), 1), ((5,), 3), ((2, 3, 7), 5), ((13, 17), 9), ((12, 32), 64), ((25, 33), 31)]

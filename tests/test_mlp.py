@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     BACKENDS,
+    CUDA,
     LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
@@ -25,7 +26,7 @@ from gptkernels import gelu_mlp
 from gptkernels.ops.mlp import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
-backends, dtypes, cases = over(BACKENDS)
+backends, dtypes, cases = over({**BACKENDS, **CUDA})
 SMALL = [((1, 1), 1), ((7,), 5), ((2, 3, 7), 9), ((13, 17), 70), ((12, 32), 64)]
 LARGE = [((65, 64), 256), ((5, 385), 40), ((9, 20), 1000), ((1050, 9), 17), ((127, 96), 384)]
 EMPTY = [((0, 7), 5), ((2, 0, 4), 8), ((3, 4), 0)]

@@ -135,7 +135,7 @@ def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.devic
         return seed
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits (from -2^63 to 2^63 - 1), got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # a GPU is not waited for, as copying would
 
 
 class CausalAttention(torch.autograd.Function):
