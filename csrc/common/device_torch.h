@@ -46,7 +46,7 @@ class DeviceScope {
 class DeviceScope {
   public:
     explicit DeviceScope(const Tensor& x) : guard(x.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     }
     void* stream = nullptr;
 

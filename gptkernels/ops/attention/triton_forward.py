@@ -73,10 +73,16 @@ def store_tile(ptr, first, stride, offsets, limit, check: tl.constexpr, D: tl.co
 @triton.jit
 def zeros(rows: tl.constexpr, WIDTHS: tl.constexpr):
     """A tile of zeros to accumulate in."""
-    parts = (tl.zeros((rows, WIDTHS[0]), tl.float32),)
+    parts = (zeros_part(rows, WIDTHS[0]),)
     for i in tl.static_range(1, len(WIDTHS)):
-        parts = parts + (tl.zeros((rows, WIDTHS[i]), tl.float32),)
+        parts = parts + (zeros_part(rows, WIDTHS[i]),)
     return parts
+
+
+@triton.jit
+def zeros_part(rows: tl.constexpr, width: tl.constexpr):
+    """One of its parts; Triton 3.6 takes a number out of a tuple as a size only when it is an argument."""
+    return tl.zeros((rows, width), tl.float32)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def load_part(ptr, i: tl.constexpr, rows, N, C: tl.constexpr, BLOCK: tl.constexp
 def load_row(ptr, rows, N, C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """All parts of the rows."""
     parts = ()
-    for i in tl.static_range(tl.cdiv(C, BLOCK)):
+    for i in tl.static_range((C + BLOCK - 1) // BLOCK):
         parts = parts + (load_part(ptr, i, rows, N, C, BLOCK, TAIL),)
     return parts
 
@@ -160,7 +160,7 @@ def forward_kernel(
 def zero_row(C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """The parts of ROWS rows of zeros."""
     parts = ()
-    for i in tl.static_range(tl.cdiv(C, BLOCK)):
+    for i in tl.static_range((C + BLOCK - 1) // BLOCK):
         parts = parts + (tl.zeros((ROWS, BLOCK if (i + 1) * BLOCK <= C else TAIL), tl.float32),)
     return parts
 
@@ -246,14 +246,14 @@ def backward_kernel(
         if RELOAD:
             a, b = sums_of_reloaded(dy_ptr, x_ptr, weight_ptr, mean, rstd, rows, N, C, BLOCK, TAIL)
         else:
-            for i in tl.static_range(tl.cdiv(C, BLOCK)):
+            for i in tl.static_range((C + BLOCK - 1) // BLOCK):
                 part = load_gradient_part(dy_ptr, x_ptr, weight_ptr, mean, rstd, i, rows, N, C, BLOCK, TAIL)
                 kept = kept + (part,)
                 wdys = wdys + (part[2],)
                 products = products + (part[2] * part[1],)
             a, b = row_sums(wdys, C, BLOCK), row_sums(products, C, BLOCK)
         a, b = a * (1.0 / C), b * (1.0 / C)
-        for i in tl.static_range(tl.cdiv(C, BLOCK)):
+        for i in tl.static_range((C + BLOCK - 1) // BLOCK):
             if RELOAD:
                 dy, xhat, wdy = load_gradient_part(dy_ptr, x_ptr, weight_ptr, mean, rstd, i, rows, N, C, BLOCK, TAIL)
             else:
