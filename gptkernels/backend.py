@@ -151,8 +151,8 @@ def say_fallback(reason: str) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product on x is computed in: autocast's where it is on, else x's own."""
     device = x.device.type
-    available = torch.amp.is_autocast_available(device)  # meta tensors have none
-    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    # meta tensors have no autocast; to ask torch which devices have is a question that Dynamo of torch 2.11 cannot trace.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -1,11 +1,4 @@
-"""Linear head and cross-entropy, chunk of rows by chunk of rows, in Triton (Hsu et al. 2024, arXiv 2410.10989, section 3).
-
-    logits = x W^T;   loss_n = logsumexp(logits_n) - logits_n[target_n]
-    dlogits = scale (softmax(logits) - onehot(target));   dx = dlogits W;   dW = dlogits^T x
-
-For a chunk of rows torch.mm makes the logits, in x's dtype, in one buffer; one kernel makes the rows' losses and puts
-dlogits in the logits' place; two products make dx and add to dW, both in fp32. The logits of one chunk are all that is
-held.
+"""The kernel of linear_cross_entropy in Triton: losses and gradients of rows of logits; chunks.py has the products.
 
 The kernel: a program owns a row and reads it twice. The first pass keeps a running maximum and a running sum of
 exponentials for each thread (Milakov and Gimelshein 2018, arXiv 1805.02867), rescaled once in UNROLL vectors, so that no
@@ -19,19 +12,15 @@ Deterministic: one program a row, sums in fixed order, no atomics.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptkernels.ops.cross_entropy import chunks
 from gptkernels.triton_launch import launch
-
-# A chunk of this many logits, 2048 rows of GPT-2's vocabulary: 206 MB in bfloat16. Each chunk reads and writes the fp32
-# sums of dW once, 0.3 GB there: an eighth of the time that the products of 2048 rows take on an A100 or H100, and half
-# as many rows would double it; twice as many would double the memory, which is then more than the sums' own.
-CHUNK_LOGITS = 2048 * 50304
-# Columns of the logits' product: whole tiles of cuBLAS. Those of padding are not looked at, and take no part in the others.
-COLUMNS = 128
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every logit, and finite: a thread that has seen none has the sum 0 x 2^0, not NaN.
@@ -107,7 +96,6 @@ def cross_entropy_kernel(
     used_ptr,
     V,
     width,
-    stride,
     IGNORE: tl.constexpr,
     MEAN: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -117,7 +105,7 @@ def cross_entropy_kernel(
 ):
     """Loss of one row of logits; with GRADIENT the row becomes scale (softmax - onehot), 0 from V to width."""
     n = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + n * stride
+    row_ptr = logits_ptr + n * width
     target = tl.load(targets_ptr + n)
     STEP: tl.constexpr = UNROLL * THREADS * VECTOR
     SMALL: tl.constexpr = THREADS * VECTOR
@@ -158,106 +146,38 @@ def tiles(itemsize: int) -> dict[str, int]:
     return {"UNROLL": 2 * itemsize, "THREADS": 256, "VECTOR": 16 // itemsize, "num_warps": 8}
 
 
-def add_product(sums: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
-    """sums = beta sums + a b; the factors may be 16-bit beside fp32 sums."""
-    if a.dtype == sums.dtype:
-        torch.addmm(sums, a, b, beta=beta, out=sums)
-    elif a.is_cuda:
-        torch.addmm(sums, a, b, out_dtype=sums.dtype, beta=beta, out=sums)
-    else:  # The CPU, where kernels are interpreted, has no product that widens.
-        torch.addmm(sums, a.to(sums.dtype), b.to(sums.dtype), beta=beta, out=sums)
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The first multiple from n up."""
-    return -(-n // multiple) * multiple
-
-
-def count_targets(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-    """(1,) number of targets that count, on their device; raises where one is out of range (see forward below)."""
+def count(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+    """chunks.Kernels.count."""
     counts = targets.new_empty((2,))
     constants = {"IGNORE": ignore_index, "BLOCK": 2048, "num_warps": 8}
     launch(count_kernel, (1,), targets.device, targets, counts, targets.shape[0], vocab_size, **constants)
-    message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
-    torch._assert_async(counts[1] == 0, message)
-    return counts[:1]
+    return counts
 
 
-def cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    mean: bool,
-    vocab_size: int,
-    dx: Tensor | None,
-    sums: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the number of targets that count; with dx and sums (fp32), those become dx and dW but for float16's
-    factor 1 / used."""
-    N, width = x.shape[0], min(weight.shape[0], round_up(vocab_size, COLUMNS))
-    used = count_targets(targets, ignore_index, vocab_size)
-    losses = x.new_empty((N,), dtype=torch.float32)
-    weight = weight[:width].to(x.dtype)
-    chunks = max(1, -(-N * width // CHUNK_LOGITS))
-    rows = min(N, round_up(-(-N // chunks), COLUMNS))
-    stride = round_up(width, 16)
-    buffer = x.new_empty((rows, stride))
-    tile = tiles(x.element_size())
-    scaled = mean and x.dtype != torch.float16
-    for begin in range(0, N, max(1, rows)):
-        chunk = slice(begin, min(N, begin + rows))
-        logits = buffer[: chunk.stop - begin, :width]
-        torch.mm(x[chunk], weight.t(), out=logits)
-        launch(
-            cross_entropy_kernel,
-            (logits.shape[0],),
-            x.device,
-            logits,
-            targets[chunk],
-            losses[chunk],
-            used,
-            vocab_size,
-            width,
-            stride,
-            IGNORE=ignore_index,
-            MEAN=scaled,
-            GRADIENT=dx is not None,
-            **tile,
-        )
-        if dx is not None and sums is not None:
-            dlogits = logits[:, :vocab_size]
-            add_product(dx[chunk], dlogits, weight[:vocab_size], beta=0)
-            add_product(sums[:vocab_size], dlogits.t(), x[chunk])
-    total = losses.sum()
-    return (total / used[0] if mean else total), used
+def rows(
+    logits: Tensor, targets: Tensor, counts: Tensor, ignore_index: int, mean: bool, vocab_size: int, gradient: bool
+) -> Tensor:
+    """chunks.Kernels.rows."""
+    (N, width), tile = logits.shape, tiles(logits.element_size())
+    losses = logits.new_empty((N,), dtype=torch.float32)
+    tensors = logits, targets, losses, counts
+    constants = {"IGNORE": ignore_index, "MEAN": mean, "GRADIENT": gradient, **tile}
+    launch(cross_entropy_kernel, (N,), logits.device, *tensors, vocab_size, width, **constants)
+    return losses
+
+
+KERNELS = SimpleNamespace(count=count, rows=rows)
 
 
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> Tensor:
-    """The loss.
-
-    A target out of range raises RuntimeError on the CPU. On a GPU, which is not waited for, it is a device-side
-    assertion, as PyTorch's own: the process's next synchronisation raises, and its CUDA context is lost.
-    """
-    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
-    return cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, None, None)[0]
+    """The loss (chunks.forward)."""
+    return chunks.forward(KERNELS, x, weight, targets, ignore_index, mean, vocab_size)
 
 
 def linear_cross_entropy_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, dx and dweight in fp32; a target out of range as in the forward.
-
-    float16's dlogits are kept without the factor 1 / used, which would push most of them below its smallest number.
-    """
-    x, weight, targets = x.contiguous(), weight.contiguous(), targets.contiguous()
-    dx = torch.empty_like(x, dtype=torch.float32)
-    sums = torch.zeros_like(weight, dtype=torch.float32)
-    loss, used = cross_entropy(x, weight, targets, ignore_index, mean, vocab_size, dx, sums)
-    if mean and x.dtype == torch.float16:
-        factor = 1.0 / used.clamp(min=1)
-        dx.mul_(factor)
-        sums.mul_(factor)
-    return loss, dx, sums
+    """The loss, dx and dweight in fp32 (chunks.gradients)."""
+    return chunks.gradients(KERNELS, x, weight, targets, ignore_index, mean, vocab_size)
