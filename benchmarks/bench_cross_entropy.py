@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,13 +14,13 @@ from gptkernels import cost
 from gptkernels.ops.cross_entropy import reference
 
 
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """x (N, C), weight (V, C) and targets (N,)."""
     N, C, V = shape["N"], shape["C"], shape["V"]
-    x, weight = random_leaves(dtype, (N, C), (V, C))
+    x, weight = random_leaves(dtype, device, (N, C), (V, C))
     with torch.no_grad():
         weight.mul_(C**-0.5)
-    return x, weight, torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    return x, weight, torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(device)
 
 
 def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -26,14 +28,24 @@ def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), targets)
 
 
+def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Liger-Kernel's head and loss in one, also without the whole logits."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    loss = LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)
+    return loss[0] if isinstance(loss, tuple) else loss  # later versions return more than the loss
+
+
 OP = Op(
     name="cross_entropy",
     title="linear_cross_entropy",
     shapes=({"N": 1024, "C": 768, "V": 50257},),
+    gpu_shapes=({"N": 8192, "C": 768, "V": 50257},),
     small={"N": 33, "C": 64, "V": 301},
     inputs=inputs,
     reference=reference.linear_cross_entropy,
     eager=eager,
     ours=gptkernels.linear_cross_entropy,
     cost=lambda s, dtype_bytes: cost.linear_cross_entropy(s["N"], s["C"], s["V"], dtype_bytes),
+    others={"liger": liger} if find_spec("liger_kernel") else {},
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +14,10 @@ from gptkernels import cost
 from gptkernels.ops.layer_norm import reference
 
 
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """x and residual of (N, C), weight and bias of (C,)."""
     rows, width = (shape["N"], shape["C"]), (shape["C"],)
-    return random_leaves(dtype, rows, rows, width, width)
+    return random_leaves(dtype, device, rows, rows, width, width)
 
 
 def written_out(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -34,14 +36,24 @@ def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, backend: 
     return gptkernels.layer_norm(x, weight, bias, residual=residual, backend=backend)
 
 
+def liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Liger-Kernel's LayerNorm on torch's sum: it has none with the addition inside."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    total = x + residual
+    return LigerLayerNormFunction.apply(total, weight, bias, 1e-5), total
+
+
 OP = Op(
     name="layer_norm",
     title="layer_norm + residual",
     shapes=({"N": 2048, "C": 768},),
+    gpu_shapes=({"N": 16384, "C": 768}, {"N": 8192, "C": 4096}),
     small={"N": 33, "C": 64},
     inputs=inputs,
     reference=written_out,
     eager=eager,
     ours=ours,
     cost=lambda s, dtype_bytes: cost.layer_norm(s["N"], s["C"], dtype_bytes, residual=True),
+    others={"liger": liger} if find_spec("liger_kernel") else {},
 )

@@ -12,9 +12,9 @@ from gptkernels import cost
 from gptkernels.ops.linear import reference
 
 
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """x (N, C), weight (K, C) and bias (K,)."""
-    x, weight, bias = random_leaves(dtype, (shape["N"], shape["C"]), (shape["K"], shape["C"]), (shape["K"],))
+    x, weight, bias = random_leaves(dtype, device, (shape["N"], shape["C"]), (shape["K"], shape["C"]), (shape["K"],))
     with torch.no_grad():
         weight.mul_(shape["C"] ** -0.5)
     return x, weight, bias
@@ -30,6 +30,7 @@ OP = Op(
     title="linear",
     # GPT-2's query, key and value projection.
     shapes=({"N": 2048, "C": 768, "K": 2304},),
+    gpu_shapes=({"N": 16384, "C": 768, "K": 2304},),
     small={"N": 33, "C": 64, "K": 96},
     inputs=inputs,
     reference=reference.linear,

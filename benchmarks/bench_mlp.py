@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
+from benchmarks.device import Clock, CudaClock, Stages, timed
 from benchmarks.op import Op, Shape, random_leaves
 from gptkernels import cost
 from gptkernels.ops.mlp import reference
 
 
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """x (N, C), w_fc (F, C), b_fc (F,), w_proj (C, F), b_proj (C,)."""
     N, C, hidden = shape["N"], shape["C"], shape["F"]
     # The weights' deviation keeps the activations of order one, as in a trained model.
-    x, w_fc, b_fc, w_proj, b_proj = random_leaves(dtype, (N, C), (hidden, C), (hidden,), (C, hidden), (C,))
+    x, w_fc, b_fc, w_proj, b_proj = random_leaves(dtype, device, (N, C), (hidden, C), (hidden,), (C, hidden), (C,))
     with torch.no_grad():
         w_fc.mul_(C**-0.5)
         w_proj.mul_(hidden**-0.5)
@@ -33,32 +34,54 @@ def eager(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor)
 class BareGemms:
     """Only the matrix products, into memory that is already there: what no MLP can be faster than with torch's BLAS."""
 
-    name = "bare gemms"
+    name, total = "bare gemms", "both"
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], clock: Clock | CudaClock) -> None:
+        self.clock = clock
         self.x, self.w_fc, _, self.w_proj, _ = (t.detach() for t in tensors)
         self.h = self.x @ self.w_fc.t()
         self.y = self.h @ self.w_proj.t()
         self.dh, self.dx = torch.empty_like(self.h), torch.empty_like(self.x)
         self.dw_fc, self.dw_proj = torch.empty_like(self.w_fc), torch.empty_like(self.w_proj)
 
-    def run(self) -> dict[str, float]:
-        start = time.perf_counter()
+    def forward(self) -> None:
+        """Two products."""
         torch.mm(self.x, self.w_fc.t(), out=self.h)
         torch.mm(self.h, self.w_proj.t(), out=self.y)
-        middle = time.perf_counter()
+
+    def backward(self) -> None:
+        """Four products."""
         torch.mm(self.y.t(), self.h, out=self.dw_proj)
         torch.mm(self.y, self.w_proj, out=self.dh)
         torch.mm(self.dh.t(), self.x, out=self.dw_fc)
         torch.mm(self.dh, self.w_fc, out=self.dx)
-        end = time.perf_counter()
-        return {"forward": middle - start, "backward": end - middle, "both": end - start}
+
+    def stages(self) -> Stages:
+        """The timed parts in order."""
+        return ("forward", self.forward), ("backward", self.backward)
+
+    def run(self) -> dict[str, float]:
+        """Seconds of forward, backward and both."""
+        return timed(self.clock, self.stages(), self.total)
+
+    def results(self) -> None:
+        """None: nothing here could be compared."""
+
+    def holds(self) -> None:
+        """None: the memory is there for good."""
+
+    def gathered(self, held: Sequence[object]) -> None:
+        """None, as results()."""
+
+    def clear(self) -> None:
+        """Nothing to give back."""
 
 
 OP = Op(
     name="mlp",
     title="gelu_mlp",
     shapes=({"N": 2048, "C": 768, "F": 3072},),
+    gpu_shapes=({"N": 16384, "C": 768, "F": 3072}, {"N": 8192, "C": 4096, "F": 16384}),
     small={"N": 33, "C": 64, "F": 128},
     inputs=inputs,
     reference=reference.gelu_mlp,

@@ -8,34 +8,49 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.compiler import reason, unavailable
-from benchmarks.harness import Column, figures, progress, speedups, timed_rounds
-from benchmarks.machine import Roofs
+from benchmarks.device import clock_of, gpu_peak
+from benchmarks.graph import Replay, replay_times
+from benchmarks.harness import Column, Times, figures, progress, speedups, time_figures, timed_rounds
+from benchmarks.machine import roofs_of
 from benchmarks.memory import measured_in_subprocess
 from benchmarks.op import DTYPES
 from benchmarks.options import Options
+from gptkernels.backend import available_backends
 from gptkernels.cost import Cost
 from model.equivalence_rule import Row
 
 # kernels.md's rule: twice the plain error for what comes out, three times for gradients.
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-# For torch's own operators. Where they round more than the written-out form does (F.layer_norm's weight gradient adds
+# For torch's own operators and other libraries'. Where they round more than the written-out form does (F.layer_norm's weight gradient adds
 # up rows one after another, a sum() adds pairs), that is no mistake of the column; one errs by orders of magnitude.
 TORCH_FACTOR = 10.0
 # The extra column of a bf16 run: the same work of ours in fp32.
 OURS_FP32 = "ours fp32"
+# The columns of ours on a GPU; the first that works is the one that the ratios of a case are of.
+GPU_BACKENDS = ("triton", "cuda")
 
-Judge = Callable[[Column], "list[Row] | None"]
+# A column and its results, to their errors.
+Judge = Callable[[Column, object], "list[Row] | None"]
+RowCost = Callable[[str, torch.dtype], Cost]
+RowFigures = Callable[[str, Times], dict[str, dict[str, float]]]
 
 
 def column_names(options: Options) -> list[str]:
     """The columns of a table, in order."""
-    names = ["reference", "eager", *(["compile"] if options.compile else []), "ours"]
-    return names + ([OURS_FP32] if options.dtype == "bf16" else [])
+    names = ["reference", "eager", *(["compile"] if options.compile else []), *our_names(options)]
+    return names + ([OURS_FP32] if options.dtype == "bf16" and options.device == "cpu" else [])
+
+
+def our_names(options: Options) -> list[str]:
+    """The columns of ours: one on a CPU, one a backend on a GPU."""
+    if options.device == "cpu":
+        return ["ours"]
+    return list(GPU_BACKENDS) if options.backend == "auto" else [options.backend]
 
 
 def factor(column: str, gradient: bool) -> float:
     """How many times the error of the written-out form a column may make."""
-    if column in ("eager", "compile"):
+    if column not in ("reference", "ours", OURS_FP32, *GPU_BACKENDS):
         return TORCH_FACTOR
     return GRADIENT_FACTOR if gradient else OUTPUT_FACTOR
 
@@ -52,7 +67,8 @@ def run_case(
     *,
     build: Callable[[str], Column],
     judge: Judge,
-    cost: Callable[[str, torch.dtype], Cost],
+    cost: RowCost,
+    gradient_bytes: int,
     work: dict[str, object],
     options: Options,
 ) -> dict[str, object]:
@@ -60,38 +76,81 @@ def run_case(
 
     cost tells a row's flops and bytes in a dtype, work what a process that measures a column's memory must build.
     """
-    columns, notes, warm = gated(title, names, build, judge)
-    roofs = Roofs(sorted({column_dtype(name, options.dtype) for name in names}, key=str), options.quick)
+    columns, notes, warm = gated(title, names, build, judge, options)
+    roofs = roofs_of(sorted({column_dtype(name, options.dtype) for name in names}, key=str), options)
     share = options.budget / max(len(columns), 1)
     times = timed_rounds(columns, roofs.columns, options.rounds, share, warm)
+
+    def row_figures(name: str, seconds: Times) -> dict[str, dict[str, float]]:
+        dtype = column_dtype(name, options.dtype)
+        flops, traffic = roofs.flops(times, dtype), roofs.bytes(times)
+        return {row: figures(seconds[row], cost(row, dtype), flops, traffic) for row in rows}
+
     for column in columns:
-        dtype = column_dtype(column.name, options.dtype)
-        for row in rows:
-            seconds = times[column.name][row]
-            note = figures(seconds, cost(row, dtype), roofs.flops(times, dtype), roofs.bytes(times))
-            notes[column.name][row] = note
-    if options.memory:
+        notes[column.name] |= row_figures(column.name, times[column.name])
+        if "host" in times[column.name]:
+            notes[column.name]["host"] = time_figures(times[column.name]["host"])
+    if options.device == "cuda":
+        # One column after another, not in rounds: the graphs of training steps keep gigabytes, too much for all at once.
         for column in columns:
-            if "bound" not in notes[column.name]:
-                progress(f"{title}: memory of {column.name}")
-                measured = measured_in_subprocess({**work, "column": column.name, **options.work()})
-                notes[column.name]["memory"] = measured
-        progress("")
+            progress(f"{title}: graph of {column.name}")
+            note = graph_note(column, judge, row_figures, share, options)
+            notes[column.name]["graph"] = note
+            notes[column.name]["passed"] &= note.get("passed", True)
+    if options.memory:
+        add_memory(title, columns, notes, gradient_bytes, work, options)
+    ours = [name for name in our_names(options) if rows[0] in notes[name]] or our_names(options)
     return {
         "case": title,
+        "device": options.device,
         "dtype": options.dtype,
+        "cache": "warm" if options.warm else "cold" if options.device == "cuda" else "as it comes",
         "rounds": options.rounds,
         "budget": options.budget,
         "rows": list(rows),
         "roof": roofs.figures(times),
         "columns": notes,
-        "speedup": speedups(notes, rows),
+        "ours": ours,
+        "speedup": speedups(notes, rows, ours[0]),
         "passed": all(note["passed"] for note in notes.values()),
     }
 
 
+def graph_note(column: Column, judge: Judge, row_figures: RowFigures, share: float, options: Options) -> dict:
+    """A column's figures as CUDA graphs, or why there are none."""
+    try:
+        replay = Replay(column, clock_of(options.device, options.warm))
+        errors = judge(column, replay.results())
+        if errors is not None and not (note := gate_figures(errors))["passed"]:
+            return note
+        return row_figures(column.name, replay_times(replay, options.rounds, share))
+    except RuntimeError as error:  # what no graph can hold: a wait for the GPU, or more memory than is left
+        return {"unavailable": reason(error)}
+
+
+def add_memory(
+    title: str,
+    columns: Sequence[Column],
+    notes: dict[str, dict],
+    gradient_bytes: int,
+    work: dict[str, object],
+    options: Options,
+) -> None:
+    """The peak memory of every column that is no bound."""
+    for column in columns:
+        if "bound" in notes[column.name]:
+            continue
+        progress(f"{title}: memory of {column.name}")
+        if options.device == "cuda":
+            measured = gpu_peak(column.run, gradient_bytes)
+        else:
+            measured = measured_in_subprocess({**work, "column": column.name, **options.work()})
+        notes[column.name]["memory"] = measured
+    progress("")
+
+
 def gated(
-    title: str, names: Sequence[str], build: Callable[[str], Column], judge: Judge
+    title: str, names: Sequence[str], build: Callable[[str], Column], judge: Judge, options: Options
 ) -> tuple[list[Column], dict[str, dict], dict[str, float]]:
     """The columns that may be timed, what is to be said of every column before, and the seconds of the gate's run."""
     columns: list[Column] = []
@@ -99,23 +158,39 @@ def gated(
     warm: dict[str, float] = {}
     for name in names:
         progress(f"{title}: gate of {name}")
-        column = build(name)
-        start = time.perf_counter()
+        if name in GPU_BACKENDS and (missing := available_backends()[name]):
+            notes[name] = {"passed": True, "unavailable": missing}
+            continue
         try:
-            errors = judge(column)
-        except RuntimeError as error:
-            if name != "compile" or not unavailable(error):
-                raise
-            # No compiler is no wrong result: the column is left out, and the table says why.
-            notes[name] = {"passed": True, "unavailable": reason(error)}
+            column = build(name)
+            start = time.perf_counter()
+            errors = judge(column, column.results())
+        except Exception as error:  # compilers and drivers raise what they like; what is not expected goes on up
+            notes[name] = excuse(name, error, options)
             continue
         notes[name] = {"passed": True, "bound": True} if errors is None else gate_figures(errors)
-        # What torch.compile needed the first time is no measure of a run.
-        if errors is not None and name != "compile":
+        # What compiling needed the first time is no measure of a run; on a GPU every kernel is compiled then.
+        if errors is not None and name != "compile" and options.device == "cpu":
             warm[name] = time.perf_counter() - start
         if notes[name]["passed"]:
             columns.append(column)
     return columns, notes, warm
+
+
+def excuse(name: str, error: Exception, options: Options) -> dict[str, object]:
+    """What to say of a column that raised instead of giving results; raises the error again where it is a bug here.
+
+    No compiler and no memory is no wrong result: the column is left out, and the table says why. On a GPU a kernel of ours
+    that does not run fails its column and the run, but not the figures of the others.
+    """
+    ours = name in our_names(options)
+    if isinstance(error, torch.OutOfMemoryError) or (name == "compile" and unavailable(error)):
+        return {"passed": True, "unavailable": reason(error)}
+    if options.device == "cpu" or name in ("reference", "eager"):
+        raise error
+    if ours:
+        return {"passed": False, "error": f"{type(error).__name__}: {reason(error)}"}
+    return {"passed": True, "unavailable": f"{type(error).__name__}: {reason(error)}"}
 
 
 def gate_figures(errors: Sequence[Row]) -> dict[str, object]:

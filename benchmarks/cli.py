@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.case import GPU_BACKENDS
 from benchmarks.machine import describe
+from benchmarks.op import DTYPES
 from benchmarks.ops import OPS, bench_ops
 from benchmarks.options import Options
 from benchmarks.tables import case_text, machine_line
@@ -20,6 +22,7 @@ from gptkernels.backend import BACKENDS
 from model.config import preset_names
 
 ROUNDS, QUICK_ROUNDS = 20, 8
+BUDGETS = {"cpu": 600.0, "cuda": 10.0}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,8 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
         dest="names",
         nargs="+",
         metavar="NAME",
-        default=list(DEFAULT_CASES),
-        help=f"presets ({', '.join(preset_names())}), .toml files or sizes ({', '.join(SIZES)}); default {' '.join(DEFAULT_CASES)}",
+        help=f"presets ({', '.join(preset_names())}), .toml files or sizes ({', '.join(SIZES)}); default "
+        + ", ".join(f"on {device} {' '.join(names)}" for device, names in DEFAULT_CASES.items()),
     )
     for command in (ops, train):
         add_options(command)
@@ -50,18 +53,30 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that ops and train share."""
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="a training step's bf16 is autocast")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="backend of ours (default auto)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where torch finds a GPU"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="a training step's 16-bit types are autocast; default fp32 on a CPU, bf16 on a GPU; fp16 only there",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="backend of ours; auto is the fastest on a CPU, and a column each of triton and cuda on a GPU",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default torch's choice)")
     parser.add_argument("--rounds", type=int, default=0, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument(
         "--budget",
         type=float,
-        default=600.0,
         metavar="SECONDS",
         help="timing of one case, shared evenly by its columns; a column with slow runs gets fewer rounds, at least one "
-        "(default 600)",
+        f"(default {BUDGETS['cpu']:g}, on a GPU {BUDGETS['cuda']:g})",
     )
+    parser.add_argument("--warm", action="store_true", help="each run right after an untimed one of the same column")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, small shapes of operators, no memory")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
@@ -71,24 +86,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def options_of(args: argparse.Namespace) -> Options:
     """The choices as the cases take them."""
     return Options(
-        dtype=args.dtype,
+        device=args.device,
+        dtype=args.dtype or ("fp32" if args.device == "cpu" else "bf16"),
         backend=args.backend,
         rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
-        budget=args.budget,
+        budget=args.budget or BUDGETS[args.device],
         quick=args.quick,
+        warm=args.warm,
         compile=not args.no_compile,
         memory=not (args.no_memory or args.quick),
     )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave with a usage error where a value makes no sense."""
+    """Leave with a usage error where a value makes no sense; put the device and the names where they were left open."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use: `gptkernels doctor` shows what it finds")
+    if args.device == "cpu" and args.dtype == "fp16":
+        parser.error("--dtype fp16 needs --device cuda: the kernels for CPUs have float32 and bfloat16")
+    if args.device == "cuda" and args.backend not in ("auto", *GPU_BACKENDS):
+        parser.error(
+            f"--backend must be auto or one of {', '.join(GPU_BACKENDS)} with --device cuda, got {args.backend}"
+        )
+    if args.command == "train":
+        args.names = args.names or list(DEFAULT_CASES[args.device])
     if args.command == "ops":
         args.names = args.names or list(OPS)
         for name in args.names:
             if name not in OPS:
                 parser.error(f"no operator {name!r}: choose {', '.join(OPS)}")
-    if args.threads < 0 or args.rounds < 0 or args.budget <= 0:
+    if args.threads < 0 or args.rounds < 0 or (args.budget is not None and args.budget <= 0):
         parser.error("--threads and --rounds must not be negative and --budget must be positive")
 
 
@@ -109,8 +138,10 @@ def main(argv: Sequence[str]) -> int:
 
 def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Path | None) -> int:
     """Show every case as it is done, then all of them as JSON."""
-    result: dict[str, object] = {"command": "bench", "what": what, "machine": describe(), "quick": options.quick}
-    print(f"bench {what}, {options.dtype}: {machine_line(describe())}", flush=True)
+    machine = describe(options.device)
+    result: dict[str, object] = {"command": "bench", "what": what, "machine": machine, "device": options.device}
+    result["quick"] = options.quick
+    print(f"bench {what}, {options.device}, {options.dtype}: {machine_line(machine)}", flush=True)
     done: list[dict[str, object]] = []
     for case in cases:
         print(f"\n{case_text(case)}", flush=True)

@@ -13,21 +13,38 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from benchmarks.device import Stages
 from gptkernels.cost import Cost, fraction_of_roof
 
 Times = dict[str, list[float]]
 
 
-class Column(Protocol):
-    """One way to do the work. `run` does it once and returns the seconds of each row of the table."""
+class Timed(Protocol):
+    """What is timed in rounds. `run` does it once and returns the seconds of each row of the table."""
 
     name: str
 
     def run(self) -> dict[str, float]: ...
 
 
+class Column(Timed, Protocol):
+    """One way to do the work: stages that follow one another, whose time together has the name `total`.
+
+    `results` are what the judge compares, None for a bound. A CUDA graph of each stage keeps what the stage `holds`, and
+    has the results `gathered` from that.
+    """
+
+    total: str
+
+    def stages(self) -> Stages: ...
+    def results(self) -> object: ...
+    def holds(self) -> object: ...
+    def gathered(self, held: Sequence[object]) -> object: ...
+    def clear(self) -> None: ...
+
+
 def timed_rounds(
-    columns: Sequence[Column], roofs: Sequence[Column], rounds: int, share: float, warm: Mapping[str, float]
+    columns: Sequence[Timed], roofs: Sequence[Timed], rounds: int, share: float, warm: Mapping[str, float]
 ) -> dict[str, Times]:
     """Seconds of every row of every column: in each round the roofs first, then the columns in turn.
 
@@ -54,7 +71,7 @@ def timed_rounds(
     return times
 
 
-def warm_up(column: Column, share: float, warm: Mapping[str, float]) -> float:
+def warm_up(column: Timed, share: float, warm: Mapping[str, float]) -> float:
     """Run a column once more unless its earlier run was longer than its share; the seconds that a run takes."""
     earlier = warm.get(column.name, 0.0)
     if earlier > share:
@@ -73,7 +90,7 @@ def takes_part(r: int, planned: int, rounds: int) -> bool:
     return r == 0 or r * planned // rounds > (r - 1) * planned // rounds
 
 
-def in_turn(columns: Sequence[Column], r: int) -> list[Column]:
+def in_turn(columns: Sequence[Timed], r: int) -> list[Timed]:
     """The order of round r: every other round backwards, since a rotation alone never changes who follows whom."""
     if not columns:
         return []

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Column, Times
+from benchmarks.device import clock_of, timed
+from benchmarks.harness import Timed, Times
+from benchmarks.options import Options
 from gptkernels.backend import cpu_library
 from gptkernels.cost import Cost
 
@@ -29,24 +33,36 @@ MATMUL_SECONDS = 0.5
 LAYOUTS = {"A B^T": (False, True), "A B": (False, False), "A^T B": (True, False)}
 # Eight times a large L3, so that a copy runs from memory to memory.
 COPY_BYTES = 256 << 20
+# 8192^3 is 1.1 TFLOP and fills every GPU many times over; in float32 without TF32 it takes about 20 ms.
+GPU_MATMUL, GPU_COPY_BYTES = 8192, 2 << 30
+GPU_QUICK_MATMUL = 2048
 
 
 class MatmulRoof:
     """A large torch matmul in one dtype, into memory that is already there."""
 
-    def __init__(self, dtype: torch.dtype, size: int, layout: str) -> None:
+    def __init__(self, dtype: torch.dtype, size: int, layout: str, device: str = "cpu", warm: bool = False) -> None:
         self.name = f"roof:matmul {dtype}"
-        self.size, self.layout = size, layout
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        self.size, self.layout, self.clock = size, layout, clock_of(device, warm)
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         transpose_a, transpose_b = LAYOUTS[layout]
         self.a, self.b = a.t() if transpose_a else a, b.t() if transpose_b else b
-        self.out = torch.empty(size, size, dtype=dtype)
+        self.out = torch.empty(size, size, dtype=dtype, device=device)
         self.cost = Cost(2 * size**3, 3 * size * size * dtype.itemsize)
 
-    def run(self) -> dict[str, float]:
-        start = time.perf_counter()
+    def multiply(self) -> None:
+        """The product."""
         torch.mm(self.a, self.b, out=self.out)
-        return {"matmul": time.perf_counter() - start}
+
+    def run(self) -> dict[str, float]:
+        """Seconds of the product."""
+        return timed(self.clock, (("product", self.multiply),), "matmul")
+
+    @classmethod
+    def fastest(cls, dtype: torch.dtype, size: int, device: str, warm: bool) -> MatmulRoof:
+        """The fastest layout at one size."""
+        probes = (cls(dtype, size, layout, device, warm) for layout in LAYOUTS)
+        return min(probes, key=lambda probe: min(probe.run()["matmul"] for _ in range(3)))
 
     @classmethod
     def fitted(cls, dtype: torch.dtype, largest: int) -> MatmulRoof:
@@ -65,25 +81,26 @@ class CopyRoof:
 
     name = "roof:copy"
 
-    def __init__(self, size: int) -> None:
-        self.source = torch.ones(size // 4)
+    def __init__(self, size: int, device: str = "cpu", warm: bool = False) -> None:
+        self.source = torch.ones(size // 4, device=device)
         self.target = torch.empty_like(self.source)
-        self.cost = Cost(0, 2 * size)
+        self.cost, self.clock = Cost(0, 2 * size), clock_of(device, warm)
+
+    def copy(self) -> None:
+        """The copy."""
+        self.target.copy_(self.source)
 
     def run(self) -> dict[str, float]:
-        start = time.perf_counter()
-        self.target.copy_(self.source)
-        return {"copy": time.perf_counter() - start}
+        """Seconds of the copy."""
+        return timed(self.clock, (("transfer", self.copy),), "copy")
 
 
 class Roofs:
     """The roofs as columns, so that they are timed in the same rounds as the work."""
 
-    def __init__(self, dtypes: Sequence[torch.dtype], quick: bool) -> None:
-        largest = SMALLEST_MATMUL if quick else LARGEST_MATMUL
-        self.matmuls = {dtype: MatmulRoof.fitted(dtype, largest) for dtype in dtypes}
-        self.copy = CopyRoof(COPY_BYTES // 16 if quick else COPY_BYTES)
-        self.columns: list[Column] = [*self.matmuls.values(), self.copy]
+    def __init__(self, matmuls: dict[torch.dtype, MatmulRoof], copy: CopyRoof) -> None:
+        self.matmuls, self.copy = matmuls, copy
+        self.columns: list[Timed] = [*matmuls.values(), copy]
 
     def flops(self, times: dict[str, Times], dtype: torch.dtype) -> float:
         """Flops a second of the matmul in this dtype: by median, as the columns are."""
@@ -108,9 +125,27 @@ class Roofs:
         return {"matmul": matmuls, "copy_gbps": self.bytes(times) / 1e9}
 
 
-def describe() -> dict[str, object]:
+def roofs_of(dtypes: Sequence[torch.dtype], options: Options) -> Roofs:
+    """The roofs of a case in these dtypes."""
+    if options.device == "cuda":
+        return gpu_roofs(tuple(dtypes), options.quick, options.warm)
+    largest = SMALLEST_MATMUL if options.quick else LARGEST_MATMUL
+    matmuls = {dtype: MatmulRoof.fitted(dtype, largest) for dtype in dtypes}
+    return Roofs(matmuls, CopyRoof(COPY_BYTES // 16 if options.quick else COPY_BYTES))
+
+
+@cache
+def gpu_roofs(dtypes: tuple[torch.dtype, ...], quick: bool, warm: bool) -> Roofs:
+    """The roofs of a GPU, the same in all cases of a run."""
+    size = GPU_QUICK_MATMUL if quick else GPU_MATMUL
+    matmuls = {dtype: MatmulRoof.fastest(dtype, size, "cuda", warm) for dtype in dtypes}
+    return Roofs(matmuls, CopyRoof(GPU_COPY_BYTES // 16 if quick else GPU_COPY_BYTES, "cuda", warm))
+
+
+def describe(device: str = "cpu") -> dict[str, object]:
     """Everything about the machine and the software that a figure depends on."""
     return {
+        **(describe_gpu() if device == "cuda" else {}),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -123,6 +158,34 @@ def describe() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
+
+
+def describe_gpu() -> dict[str, object]:
+    """The GPU, its driver, and the software that compiles for it."""
+    gpu = torch.cuda.get_device_properties()
+    return {
+        "gpu": gpu.name,
+        "sm_count": gpu.multi_processor_count,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "gpu_memory_gib": round(gpu.total_memory / 2**30, 1),
+        "l2_mb": gpu.L2_cache_size / 1e6,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "triton": getattr(importlib.import_module("triton"), "__version__", None) if find_spec("triton") else None,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def driver() -> str:
+    """The driver's version, clocks and power limit as nvidia-smi tells them."""
+    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.memory,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
 def cpu_name() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from benchmarks.device import Clock, CudaClock, Stages, timed
 from benchmarks.harness import Column
 from gptkernels.cost import OpCost
 
@@ -17,27 +17,32 @@ Outputs = Tensor | tuple[Tensor, ...]
 # Outputs, and the gradients of the inputs.
 Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Op:
     """An operator as the benchmark sees it: the shapes, the inputs and three ways to compute the same outputs.
 
-    `reference` and `eager` take the inputs; `ours` takes them and `backend`. `extra` makes one more column from
-    the inputs, for a bound that is no competitor.
+    `reference` and `eager` take the inputs; `ours` takes them and `backend`. `others` are columns of other libraries,
+    where they are installed. `extra` makes one more column from the inputs, for a bound that is no competitor.
+    independent says that every input and output has one first dimension whose rows never meet: float64 can then be
+    computed row by row, which at the largest shapes is what fits into memory.
     """
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
+    gpu_shapes: tuple[Shape, ...]
     small: Shape
-    inputs: Callable[[Shape, torch.dtype], tuple[Tensor, ...]]
+    inputs: Callable[[Shape, torch.dtype, str], tuple[Tensor, ...]]
     reference: Callable[..., Outputs]
     eager: Callable[..., Outputs]
     ours: Callable[..., Outputs]
     cost: Callable[[Shape, int], OpCost]
-    extra: Callable[[tuple[Tensor, ...]], Column] | None = None
+    others: Mapping[str, Callable[..., Outputs]] = field(default_factory=dict)
+    extra: Callable[[tuple[Tensor, ...], Clock | CudaClock], Column] | None = None
+    independent: bool = False
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -45,22 +50,27 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def random_leaves(dtype: torch.dtype, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def random_leaves(dtype: torch.dtype, device: str, *sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Normal tensors that require gradients, the same in every dtype up to rounding."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes)
+    generator = torch.Generator(device).manual_seed(0)
+    return tuple(torch.randn(size, generator=generator, device=device).to(dtype).requires_grad_() for size in sizes)
 
 
-def output_gradients(outputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
+def output_gradients(outputs: Sequence[Tensor], device: str, seed: int = 1) -> tuple[Tensor, ...]:
     """One random gradient for every output, which may lie on the meta device; 1 for a loss."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return tuple(
-        (torch.randn(y.shape, generator=generator) if y.dim() else torch.ones(())).to(y.dtype) for y in outputs
+        (torch.randn(y.shape, generator=generator, device=device) if y.dim() else torch.ones((), device=device)).to(
+            y.dtype
+        )
+        for y in outputs
     )
 
 
 class OpColumn:
     """A function of tensors, run forward and backward by autograd."""
+
+    total = "both"
 
     def __init__(
         self,
@@ -68,25 +78,55 @@ class OpColumn:
         function: Callable[..., Outputs],
         inputs: Sequence[Tensor],
         doutputs: Sequence[Tensor],
+        clock: Clock | CudaClock,
     ) -> None:
         self.name = name
         self.function = function
         self.inputs = tuple(inputs)
         self.doutputs = tuple(doutputs)
+        self.clock = clock
         self.leaves = [x for x in inputs if x.requires_grad]
+        self.clear()
+
+    def clear(self) -> None:
+        """Give back what a run has made."""
+        self.outputs: tuple[Tensor, ...] | None = None
+        self.gradients: tuple[Tensor, ...] | None = None
+
+    def forward(self) -> None:
+        """The outputs."""
+        self.outputs = as_tuple(self.function(*self.inputs))
+
+    def backward(self) -> None:
+        """The gradients of the leaves. What the forward kept is given back here: its pages are a real cost of the column."""
+        assert self.outputs is not None
+        self.gradients = torch.autograd.grad(self.outputs, self.leaves, self.doutputs)
+        self.outputs = None
+
+    def stages(self) -> Stages:
+        """The timed parts in order."""
+        return ("forward", self.forward), ("backward", self.backward)
+
+    def run(self) -> dict[str, float]:
+        """Seconds of forward, backward and both."""
+        seconds = timed(self.clock, self.stages(), self.total)
+        self.clear()
+        return seconds
 
     def results(self) -> Results:
         """Outputs and the gradients of every leaf."""
-        outputs = as_tuple(self.function(*self.inputs))
-        return outputs, torch.autograd.grad(outputs, self.leaves, self.doutputs)
+        self.forward()
+        outputs = self.outputs
+        self.backward()
+        results = outputs, self.gradients
+        self.clear()
+        return results
 
-    def run(self) -> dict[str, float]:
-        start = time.perf_counter()
-        outputs = as_tuple(self.function(*self.inputs))
-        middle = time.perf_counter()
-        gradients = torch.autograd.grad(outputs, self.leaves, self.doutputs)
-        # What the forward kept is given back inside the timing: returning its pages is a real cost of the column.
-        del outputs
-        end = time.perf_counter()
-        del gradients
-        return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    def holds(self) -> object:
+        """What the stage that was just done has made."""
+        return self.outputs if self.gradients is None else self.gradients
+
+    def gathered(self, held: Sequence[object]) -> Results:
+        """results() from what the stages have held."""
+        outputs, gradients = held
+        return outputs, gradients

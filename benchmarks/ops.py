@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_attention, bench_cross_entropy, bench_layer_norm, bench_linear, bench_mlp
-from benchmarks.case import OURS_FP32, column_names, factor, run_case
+from benchmarks.case import GPU_BACKENDS, OURS_FP32, column_names, factor, run_case
 from benchmarks.compiler import compiled
+from benchmarks.device import Clock, CudaClock, clock_of
 from benchmarks.harness import Column
 from benchmarks.op import DTYPES, Op, OpColumn, Outputs, Results, Shape, as_tuple, output_gradients
 from benchmarks.options import Options
@@ -30,6 +31,7 @@ class OpData:
 
     inputs: tuple[Tensor, ...]
     doutputs: tuple[Tensor, ...]
+    clock: Clock | CudaClock
 
     def to(self, dtype: torch.dtype) -> OpData:
         """The very same values in another dtype, as leaves of their own."""
@@ -37,36 +39,39 @@ class OpData:
         def cast(x: Tensor) -> Tensor:
             return x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x
 
-        return OpData(tuple(map(cast, self.inputs)), tuple(dy.to(dtype) for dy in self.doutputs))
+        return OpData(tuple(map(cast, self.inputs)), tuple(dy.to(dtype) for dy in self.doutputs), self.clock)
+
+    def rows(self) -> list[OpData]:
+        """One a row of the first dimension, of an operator in which those rows never meet."""
+        inputs = zip(*(x.split(1) for x in self.inputs), strict=True)
+        doutputs = zip(*(dy.split(1) for dy in self.doutputs), strict=True)
+        return [OpData(*both, self.clock) for both in zip(inputs, doutputs, strict=True)]
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients of all inputs."""
         return sum(x.numel() * x.element_size() for x in self.inputs if x.requires_grad)
 
 
-def op_data(op: Op, shape: Shape, dtype: torch.dtype) -> OpData:
+def op_data(op: Op, shape: Shape, dtype: torch.dtype, device: str = "cpu", warm: bool = False) -> OpData:
     """Seeded inputs; the outputs' shapes come from the meta device, so that nothing is computed for them."""
-    inputs = op.inputs(shape, dtype)
+    inputs = op.inputs(shape, dtype, device)
     outputs = as_tuple(op.eager(*(x.detach().to("meta") for x in inputs)))
-    return OpData(inputs, output_gradients(outputs))
+    return OpData(inputs, output_gradients(outputs, device), clock_of(device, warm))
 
 
 def op_column(op: Op, name: str, data: OpData, backend: str) -> Column:
     """One column by its name."""
-    functions = {"reference": op.reference, "eager": op.eager}
-    if name == "compile":
-        return OpColumn(name, compiled(op.eager), data.inputs, data.doutputs)
-    if name in functions:
-        return OpColumn(name, functions[name], data.inputs, data.doutputs)
+    functions = {"reference": op.reference, "eager": op.eager, **op.others}
     if op.extra is not None and name == op.extra.name:
-        return op.extra(data.inputs)
-
-    def ours(*inputs: Tensor) -> Outputs:
-        return op.ours(*inputs, backend=backend)
-
+        return op.extra(data.inputs, data.clock)
     if name == OURS_FP32:
         data = data.to(torch.float32)
-    return OpColumn(name, ours, data.inputs, data.doutputs)
+
+    def ours(*inputs: Tensor) -> Outputs:
+        return op.ours(*inputs, backend=name if name in GPU_BACKENDS else backend)
+
+    function = compiled(op.eager) if name == "compile" else functions.get(name, ours)
+    return OpColumn(name, function, data.inputs, data.doutputs, data.clock)
 
 
 class Gate:
@@ -76,23 +81,30 @@ class Gate:
         self.op, self.data = op, data
         arguments = list(inspect.signature(op.reference).parameters)[: len(data.inputs)]
         self.names = [name for name, x in zip(arguments, data.inputs, strict=True) if x.requires_grad]
-        self.oracle = self.written_out(torch.float64)
+        self.oracle = self.exact()
         self.plain: dict[torch.dtype, Results] = {}
 
-    def written_out(self, dtype: torch.dtype) -> Results:
-        """What the written-out form gives in a dtype."""
-        data = self.data.to(dtype)
-        return OpColumn("written out", self.op.reference, data.inputs, data.doutputs).results()
+    def exact(self) -> Results:
+        """float64, row by row where no row needs another: its scores of all rows may not fit into memory."""
+        if not self.op.independent:
+            return self.written_out(self.data, torch.float64)
+        rows = [self.written_out(row, torch.float64) for row in self.data.rows()]
+        outputs, gradients = zip(*rows, strict=True)
+        return tuple(map(torch.cat, zip(*outputs, strict=True))), tuple(map(torch.cat, zip(*gradients, strict=True)))
 
-    def __call__(self, column: Column) -> list[Row] | None:
-        """The column's errors; None for a bound, which computes nothing that could be compared."""
+    def written_out(self, data: OpData, dtype: torch.dtype) -> Results:
+        """What the written-out form gives in a dtype."""
+        data = data.to(dtype)
+        return OpColumn("written out", self.op.reference, data.inputs, data.doutputs, data.clock).results()
+
+    def __call__(self, column: Column, got: object) -> list[Row] | None:
+        """The errors of a column's results; None for a bound, which computes nothing that could be compared."""
         if not isinstance(column, OpColumn):
             return None
         dtype = column.leaves[0].dtype
-        got = column.results()
         if dtype not in self.plain:
             # The reference is gated first and is the written-out form itself: a slow dtype need not do it twice.
-            self.plain[dtype] = got if column.name == "reference" else self.written_out(dtype)
+            self.plain[dtype] = got if column.name == "reference" else self.written_out(self.data, dtype)
         outputs = zip(got[0], self.plain[dtype][0], self.oracle[0], strict=True)
         gradients = zip(self.names, got[1], self.plain[dtype][1], self.oracle[1], strict=True)
         return [
@@ -106,14 +118,16 @@ class Gate:
 
 def bench_case(op: Op, shape: Shape, options: Options) -> dict[str, object]:
     """Every figure of one operator at one shape."""
-    data = op_data(op, shape, DTYPES[options.dtype])
+    data = op_data(op, shape, DTYPES[options.dtype], options.device, options.warm)
+    others = op.others if options.device == "cuda" else ()
     case = run_case(
         f"{op.title} " + " ".join(f"{k}={v}" for k, v in shape.items()),
-        column_names(options) + ([op.extra.name] if op.extra is not None else []),
+        [*column_names(options), *others, *([op.extra.name] if op.extra is not None else [])],
         ROWS,
         build=lambda name: op_column(op, name, data, options.backend),
         judge=Gate(op, data),
         cost=lambda row, dtype: getattr(op.cost(shape, dtype.itemsize), row),
+        gradient_bytes=data.gradient_bytes(),
         work={"kind": "ops", "op": op.name, "shape": shape},
         options=options,
     )
@@ -123,7 +137,8 @@ def bench_case(op: Op, shape: Shape, options: Options) -> dict[str, object]:
 def bench_ops(names: Sequence[str], options: Options) -> Iterator[dict[str, object]]:
     """All the cases of the named operators, as they are done; with --quick one small shape each."""
     for op in (OPS[name] for name in names):
-        for shape in (op.small,) if options.quick else op.shapes:
+        shapes = op.shapes if options.device == "cpu" else (*op.gpu_shapes, *op.shapes)
+        for shape in (op.small,) if options.quick else shapes:
             yield bench_case(op, shape, options)
 
 

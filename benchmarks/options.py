@@ -11,11 +11,13 @@ import torch
 class Options:
     """Choices that hold for every case of a run."""
 
+    device: str = "cpu"
     dtype: str = "fp32"
     backend: str = "auto"
     rounds: int = 20
     budget: float = 600.0
     quick: bool = False
+    warm: bool = False
     compile: bool = True
     memory: bool = True
 

@@ -10,7 +10,13 @@ LOSES = "LOSES"
 
 def machine_line(machine: Mapping[str, object]) -> str:
     """The machine and the software on one line."""
-    return (
+    gpu = ""
+    if "gpu" in machine:
+        gpu = (
+            f"{machine['gpu']} ({machine['sm_count']} SMs, {machine['gpu_memory_gib']} GiB), driver {machine['driver']}, "
+            f"CUDA {machine['cuda']}, triton {machine['triton']}, "
+        )
+    return gpu + (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['cpu_capability']} "
         f"(our kernels: {machine['kernels']}), torch {machine['torch']}, commit {str(machine['commit'])[:12]}, "
         f"{machine['date']}"
@@ -21,7 +27,8 @@ def case_text(case: Mapping) -> str:
     """The title, the roofs, the table and what must be said about it."""
     columns = case["columns"]
     timed = [name for name, note in columns.items() if case["rows"][0] in note]
-    lines = [f"{case['case']}, {case['dtype']}", roof_line(case["roof"])]
+    cache = f", {case['cache']} cache" if case.get("device") == "cuda" else ""
+    lines = [f"{case['case']}, {case['dtype']}{cache}", roof_line(case["roof"])]
     if timed:
         lines += ["", *aligned([("", "", *timed), *table_rows(case, timed)])]
     return "\n".join([*lines, "", *remarks(case)])
@@ -30,10 +37,10 @@ def case_text(case: Mapping) -> str:
 def roof_line(roof: Mapping) -> str:
     """The roofs of the case's own rounds."""
     matmuls = [
-        f"matmul {dtype} {m['gflops']:.4g} GFLOP/s ({m['layout']}, {m['size']}^3)"
+        f"matmul {dtype} {rate(m['gflops'])} GFLOP/s ({m['layout']}, {m['size']}^3)"
         for dtype, m in roof["matmul"].items()
     ]
-    return f"roof: {', '.join(matmuls)}, copy {roof['copy_gbps']:.3g} GB/s"
+    return f"roof: {', '.join(matmuls)}, copy {rate(roof['copy_gbps'])} GB/s"
 
 
 def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:
@@ -44,11 +51,21 @@ def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:
         result += [
             (row, "ms, median", *(milliseconds(f["ms"]) for f in of)),
             ("", "p20-p80", *(f"{milliseconds(f['ms_p20'])}-{milliseconds(f['ms_p80'])}" for f in of)),
-            ("", "ours against", *(against(case, name, row) for name in timed)),
-            ("", "GFLOP/s", *(f"{f['gflops']:.3g}" for f in of)),
+            *against_lines(case, timed, row),
+            ("", "GFLOP/s", *(rate(f["gflops"]) for f in of)),
             ("", "% of matmul", *(f"{f['matmul_roof_percent']:.0f}" for f in of)),
             ("", "% of roofline", *(f"{f['roofline_percent']:.0f}" for f in of)),
         ]
+        graphs = [columns[name].get("graph", {}).get(row) for name in timed]
+        if any(graphs):
+            result += [
+                ("", "graph ms", *(milliseconds(f["ms"]) if f else "-" for f in graphs)),
+                *against_lines(case, timed, row, graph=True),
+                ("", "graph % of roofline", *(f"{f['roofline_percent']:.0f}" if f else "-" for f in graphs)),
+            ]
+    hosts = [columns[name].get("host") for name in timed]
+    if any(hosts):
+        result.append(("launches", "host ms", *(milliseconds(host["ms"]) if host else "-" for host in hosts)))
     memories = [columns[name].get("memory", {}) for name in timed]
     if any("peak_mb" in memory for memory in memories):
         for text, key in (("peak MB", "peak_mb"), ("beyond gradients", "peak_beyond_gradients_mb")):
@@ -57,14 +74,37 @@ def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:
     return result
 
 
-def against(case: Mapping, name: str, row: str) -> str:
-    """How many times faster ours is than a column; a loss is marked, a bound is not there to be beaten."""
-    ratio = case["speedup"].get(name, {}).get(row)
-    if ratio is None:
+def our_columns(case: Mapping) -> list[str]:
+    """The columns of ours that have a time."""
+    return [name for name in case.get("ours", ["ours"]) if case["rows"][0] in case["columns"].get(name, {})]
+
+
+def against_lines(case: Mapping, timed: Sequence[str], row: str, graph: bool = False) -> list[tuple[str, ...]]:
+    """How many times faster each column of ours is than the others; a loss is marked, a bound is not there to be beaten."""
+    words = ", graph" if graph else ""
+    return [
+        ("", f"{ours} against{words}", *(against(case, ours, name, row, graph) for name in timed))
+        for ours in our_columns(case)
+    ]
+
+
+def ratio(case: Mapping, ours: str, name: str, row: str, graph: bool = False) -> float | None:
+    """A column's time over that of a column of ours; None between columns of ours, and where there is no time."""
+    if name in case.get("ours", ["ours"]):
+        return None
+    notes = [case["columns"][column] for column in (name, ours)]
+    theirs, mine = ((note.get("graph", {}) if graph else note).get(row) for note in notes)
+    return theirs["ms"] / mine["ms"] if theirs and mine else None
+
+
+def against(case: Mapping, ours: str, name: str, row: str, graph: bool) -> str:
+    """One cell of against_lines."""
+    value = ratio(case, ours, name, row, graph)
+    if value is None:
         return "-"
     if "bound" in case["columns"][name]:
-        return f"{ratio:.2f}x (bound)"
-    return f"{ratio:.2f}x" if ratio >= 1.0 else f"{ratio:.2f}x {LOSES}"
+        return f"{value:.2f}x (bound)"
+    return f"{value:.2f}x" if value >= 1.0 else f"{value:.2f}x {LOSES}"
 
 
 def remarks(case: Mapping) -> list[str]:
@@ -73,6 +113,10 @@ def remarks(case: Mapping) -> list[str]:
     for name, note in case["columns"].items():
         if "unavailable" in note:
             lines.append(f"{name}: not measured, {note['unavailable']}")
+        elif "error" in note:
+            lines.append(f"{name}: FAILED, {note['error']}")
+        elif "failed" in note.get("graph", {}).get("gate", {}):
+            lines.append(f"{name}: WRONG as a CUDA graph, {note['graph']['gate']['failed'][0]['quantity']}")
         elif not note["passed"]:
             worst = note["gate"]["failed"][0]
             lines.append(
@@ -85,6 +129,8 @@ def remarks(case: Mapping) -> list[str]:
         runs = note.get(case["rows"][0], {}).get("runs", case["rounds"])
         if runs < case["rounds"]:
             lines.append(f"{name}: timed {runs} of {case['rounds']} rounds, all that its share of --budget allows")
+        if "unavailable" in note.get("graph", {}):
+            lines.append(f"{name}: no CUDA graph, {note['graph']['unavailable']}")
         if "unavailable" in note.get("memory", {}):
             lines.append(f"{name}: memory not measured, {note['memory']['unavailable']}")
     gflops = {dtype: matmul["gflops"] for dtype, matmul in case["roof"]["matmul"].items()}
@@ -92,14 +138,15 @@ def remarks(case: Mapping) -> list[str]:
         lines.append(
             "torch has no fast bf16 matmul on this CPU: its roof lies below that of fp32, and ours may go beyond it"
         )
-    losses = [
-        f"{row} of {name} ({ratio:.2f}x)"
-        for name, rows in case["speedup"].items()
-        for row, ratio in rows.items()
-        if ratio < 1.0 and "bound" not in case["columns"][name]
-    ]
-    if losses:
-        lines.append(f"ours {LOSES} to: {', '.join(losses)}")
+    for ours in our_columns(case):
+        losses = [
+            f"{row} of {name} ({value:.2f}x)"
+            for name, note in case["columns"].items()
+            for row in case["rows"]
+            if "bound" not in note and (value := ratio(case, ours, name, row)) is not None and value < 1.0
+        ]
+        if losses:
+            lines.append(f"{ours} {LOSES} to: {', '.join(losses)}")
     return [f"as near to float64 as plain PyTorch in this dtype: {', '.join(passed) or 'none'}", *lines]
 
 
@@ -110,7 +157,12 @@ def number(value: float | None) -> str:
 
 def milliseconds(ms: float) -> str:
     """Three or four digits."""
-    return f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" if ms >= 1 else f"{ms:.3f}"
+    return f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" if ms >= 1 else f"{ms:.3f}" if ms >= 0.1 else f"{ms:.4f}"
+
+
+def rate(value: float) -> str:
+    """GFLOP/s or GB/s, never with an exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

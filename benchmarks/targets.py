@@ -157,7 +157,7 @@ def markdown(files: Results) -> str:
     benches = [file for file in files if file.get("command") == "bench"]
     if quick := [bench for bench in benches if bench["quick"]]:
         raise ValueError(f"the table needs full measurements, got {len(quick)} made with --quick: run them without")
-    cases = [case for bench in benches for case in bench["cases"]]
+    cases = [case for bench in benches for case in bench["cases"] if case.get("device", "cpu") == "cpu"]
     rows = [(t.work, *judged_row(t.goals, t.case(cases))) for t in TARGETS]
     rows += [training_row([f for f in files if "train_seconds" in f])]
     rows += [check_row(f) for f in files if f.get("command") == "check"]

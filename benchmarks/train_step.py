@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.case import column_dtype, column_names, factor, run_case
+from benchmarks.best_eager import BestEager
+from benchmarks.case import GPU_BACKENDS, column_dtype, column_names, factor, run_case
 from benchmarks.compiler import compiled
+from benchmarks.device import Stages, clock_of, timed
 from benchmarks.harness import Column
 from benchmarks.options import Options
 from gptkernels.cost import Cost, training_step
@@ -26,11 +26,12 @@ from model.config import Config, ModelConfig, TrainConfig, resolve
 from model.equivalence_rule import Row, compare
 from model.equivalence_subject import CHARACTERS, JITTER
 from model.fast import FastGPT
-from model.reference import GPT, sinusoidal_positions
+from model.reference import GPT
 from model.train import make_optimizer
 
 ROWS = ("forward", "backward", "step")
-# Beside the presets: nanoGPT's character model for a GPU, and GPT-2's width and vocabulary with few layers.
+# Beside the presets: nanoGPT's character model with few and with all of its 64 sequences, GPT-2's width and vocabulary
+# with few layers, and GPT-2 itself with its vocabulary padded to a multiple of 64.
 SIZES = {
     "gpt-384": Config(
         ModelConfig(vocab_size=65, context=256, n_layer=6, n_head=6, n_embd=384, bias=False), TrainConfig(batch=8)
@@ -38,15 +39,25 @@ SIZES = {
     "gpt2-width": Config(
         ModelConfig(vocab_size=50257, context=256, n_layer=4, n_head=12, n_embd=768), TrainConfig(batch=2)
     ),
+    "gpt-384-b64": Config(
+        ModelConfig(vocab_size=65, context=256, n_layer=6, n_head=6, n_embd=384, bias=False), TrainConfig(batch=64)
+    ),
+    "gpt2-124m": Config(
+        ModelConfig(vocab_size=50304, context=1024, n_layer=12, n_head=12, n_embd=768), TrainConfig(batch=16)
+    ),
 }
-DEFAULT_CASES = ("shakespeare-cpu", *SIZES)
+DEFAULT_CASES = {"cpu": ("shakespeare-cpu", "gpt-384", "gpt2-width"), "cuda": ("gpt-384-b64", "gpt2-124m")}
 # What a process warms up with before it measures memory.
 TINY = "tiny"
 
 # A loss is one number: over so many batches the largest error is no matter of the luck of one rounding.
 BATCHES = 8
+# On a GPU float64 is computed from so many tokens at a time, and logits are compared of so many: GPT-2's logits of a whole
+# batch are 6.6 GB in float64, and its attention scores more.
+FEW_TOKENS = 2048
 
 Batch = tuple[Tensor, Tensor]
+Outcome = dict[str, Tensor]
 
 
 def train_config(name: str) -> Config:
@@ -62,57 +73,10 @@ def train_config(name: str) -> Config:
     return replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or CHARACTERS))
 
 
-class BestEager(nn.Module):
-    """The GPT as a careful PyTorch user writes it: torch's fused attention, LayerNorm, GELU and cross-entropy."""
-
-    def __init__(self, weights: GPT) -> None:
-        """Around the reference's own Parameter objects."""
-        super().__init__()
-        self.config = weights.config
-        self.transformer, self.lm_head = weights.transformer, weights.lm_head
-        if self.config.pos == "sinusoidal":
-            table = sinusoidal_positions(self.config.context, self.config.n_embd)
-            self.register_buffer("positions", table.to(self.lm_head.weight), persistent=False)
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """Logits (B, T, V)."""
-        x = F.embedding(idx, self.transformer.wte.weight)
-        if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[: idx.shape[1]]
-        elif self.config.pos == "sinusoidal":
-            x = x + self.positions[: idx.shape[1]]
-        for block in self.transformer.h:
-            x = x + self.attend(block.attn, norm(block.ln_1, x))
-            x = x + self.think(block.mlp, norm(block.ln_2, x))
-        return F.linear(norm(self.transformer.ln_f, x), self.lm_head.weight)
-
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy."""
-        return F.cross_entropy(self(idx).flatten(0, 1), targets.flatten())
-
-    def attend(self, attn: nn.Module, h: Tensor) -> Tensor:
-        """The attention branch."""
-        B, T, C = h.shape
-        H = self.config.n_head
-        qkv = F.linear(h, attn.c_attn.weight, attn.c_attn.bias)
-        q, k, v = (x.view(B, T, H, C // H).transpose(1, 2) for x in qkv.split(C, dim=2))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(out.transpose(1, 2).reshape(B, T, C), attn.c_proj.weight, attn.c_proj.bias)
-
-    def think(self, mlp: nn.Module, h: Tensor) -> Tensor:
-        """The MLP branch."""
-        approximate = "tanh" if self.config.act == "gelu_tanh" else "none"
-        inner = F.gelu(F.linear(h, mlp.c_fc.weight, mlp.c_fc.bias), approximate=approximate)
-        return F.linear(inner, mlp.c_proj.weight, mlp.c_proj.bias)
-
-
-def norm(ln: nn.Module, x: Tensor) -> Tensor:
-    """torch's LayerNorm with the reference's epsilon."""
-    return F.layer_norm(x, ln.weight.shape, ln.weight, ln.bias, 1e-5)
-
-
 class TrainColumn:
     """One way to do a training step on fixed weights."""
+
+    total = "step"
 
     def __init__(
         self,
@@ -122,70 +86,102 @@ class TrainColumn:
         bench: TrainBench,
     ) -> None:
         self.name = name
-        self.loss, self.logits = loss, logits
+        self.loss_of, self.logits_of = loss, logits
         self.bench = bench
         self.dtype = column_dtype(name, bench.dtype)
+        self.value: Tensor | None = None
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss; bf16 is autocast over fp32 weights."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            return self.loss(*batch)
+    def autocast(self) -> torch.autocast:
+        """A 16-bit dtype is autocast over fp32 weights."""
+        wanted = self.dtype is not torch.float32
+        return torch.autocast(self.bench.device, dtype=self.dtype if wanted else torch.bfloat16, enabled=wanted)
 
-    def run(self) -> dict[str, float]:
-        start = time.perf_counter()
-        loss = self.forward(self.bench.batches[0])
-        middle = time.perf_counter()
-        loss.backward()
-        # What is left of the graph is given back inside the timing, and so are the gradients below: real costs of a step.
-        del loss
-        after = time.perf_counter()
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+        with self.autocast():
+            return self.loss_of(*batch)
+
+    def forward(self) -> None:
+        """The loss of the first batch."""
+        self.value = self.loss(self.bench.batches[0])
+
+    def backward(self) -> None:
+        """The gradients. What is left of the graph is given back inside the timing: a real cost of a step."""
+        assert self.value is not None
+        self.value.backward()
+        self.value = None
+
+    def optimize(self) -> None:
+        """AdamW's step; the gradients are given back inside the timing too."""
         self.bench.optimizer.step()
         self.bench.optimizer.zero_grad(set_to_none=True)
-        end = time.perf_counter()
-        return {"forward": middle - start, "backward": after - middle, "step": end - start}
 
-    def outcome(self) -> dict[str, Tensor]:
+    def stages(self) -> Stages:
+        """The timed parts in order."""
+        return ("forward", self.forward), ("backward", self.backward), ("optimizer", self.optimize)
+
+    def run(self) -> dict[str, float]:
+        """Seconds of forward, backward, optimizer and the whole step."""
+        return timed(self.bench.clock, self.stages(), self.total)
+
+    def results(self) -> Outcome:
         """The losses of all batches, and the logits and every gradient of the first one."""
-        return outcome(self.forward, self.logits, self.bench.weights, self.bench.batches, self.dtype)
+        bench = self.bench
+        bench.weights.zero_grad(set_to_none=True)
+        first = self.loss(bench.batches[0])
+        first.backward()
+        found = gradients(bench.weights)
+        bench.weights.zero_grad(set_to_none=True)
+        losses = [first.detach(), *(self.loss(batch).detach() for batch in bench.batches[1:])]
+        with torch.no_grad(), self.autocast():
+            logits = self.logits_of(bench.batches[0][0][: bench.few])
+        return {"losses": torch.stack(losses), "logits": logits, **found}
+
+    def holds(self) -> Outcome:
+        """The gradients, once they are there: they pin down all that a graph has computed before."""
+        return gradients(self.bench.weights) if self.bench.weights.lm_head.weight.grad is not None else {}
+
+    def gathered(self, held: Sequence[Outcome]) -> Outcome:
+        """The gradients that the stage of the backward has held."""
+        return held[1]
+
+    def clear(self) -> None:
+        """Give back what a run has made."""
+        self.value = None
+        self.bench.weights.zero_grad(set_to_none=True)
 
 
-def outcome(
-    loss: Callable[[Batch], Tensor],
-    logits: Callable[[Tensor], Tensor],
-    weights: nn.Module,
-    batches: Sequence[Batch],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """See TrainColumn.outcome."""
-    weights.zero_grad(set_to_none=True)
-    first = loss(batches[0])
-    first.backward()
-    gradients = {}
-    for name, p in weights.named_parameters():
-        # A parameter that no gradient reached is a finding, not an exception: NaN fails the rule by itself.
-        gradients[f"grad {name}"] = torch.full_like(p, math.nan) if p.grad is None else p.grad.detach()
-    weights.zero_grad(set_to_none=True)
-    losses = [first.detach(), *(loss(batch).detach() for batch in batches[1:])]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        values = logits(batches[0][0])
-    return {"losses": torch.stack(losses), "logits": values, **gradients}
+def gradients(weights: nn.Module) -> Outcome:
+    """Every gradient by its parameter's name."""
+    # A parameter that no gradient reached is a finding, not an exception: NaN fails the rule by itself.
+    return {
+        f"grad {name}": torch.full_like(p, math.nan) if p.grad is None else p.grad.detach()
+        for name, p in weights.named_parameters()
+    }
 
 
 class TrainBench:
     """Weights, batches and optimizer of a case: what all of its columns share."""
 
-    def __init__(self, config: Config, dtype: str, backend: str, seed: int = 0) -> None:
-        self.config, self.dtype, self.backend = config, dtype, backend
+    def __init__(
+        self, config: Config, dtype: str, backend: str, device: str = "cpu", warm: bool = False, seed: int = 0
+    ) -> None:
+        self.config, self.dtype, self.backend, self.device = config, dtype, backend, device
+        self.clock = clock_of(device, warm)
         torch.manual_seed(seed)
-        self.weights = GPT(config.model)
+        with torch.device(device):
+            self.weights = GPT(config.model)
         with torch.no_grad():
             for p in self.weights.parameters():
                 p.add_(JITTER * torch.randn_like(p))
-        size = (BATCHES, 2, config.train.batch, config.model.context)
-        self.batches: list[Batch] = [(x, y) for x, y in torch.randint(config.model.vocab_size, size)]
+        B, T = config.train.batch, config.model.context
+        self.few = B if device == "cpu" else min(B, max(1, FEW_TOKENS // T))
+        tokens = torch.randint(config.model.vocab_size, (BATCHES, 2, B, T)).to(device)
+        self.batches: list[Batch] = [(x, y) for x, y in tokens]
         self.optimizer = make_optimizer(self.weights, config)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+            group["capturable"] = device == "cuda"  # without it a step must not be in a CUDA graph
 
     def column(self, name: str) -> TrainColumn:
         """One column by its name."""
@@ -195,15 +191,27 @@ class TrainBench:
             model = BestEager(self.weights)
             # The compiled column's logits are best eager's: its own function is the loss, which its gradients pin down.
             return TrainColumn(name, compiled(model.loss) if name == "compile" else model.loss, model, self)
-        ours = FastGPT.from_reference(self.weights, backend=self.backend)
+        ours = FastGPT.from_reference(self.weights, backend=name if name in GPU_BACKENDS else self.backend)
         return TrainColumn(name, lambda *batch: ours(*batch)[1], lambda idx: ours(idx)[0], self)
 
-    def oracle(self) -> dict[str, Tensor]:
-        """The reference in float64."""
+    def oracle(self) -> Outcome:
+        """The reference in float64, few sequences at a time: a mean over a batch is the mean of those of equal parts."""
         exact = copy.deepcopy(self.weights).double()
-        return outcome(
-            lambda batch: exact(*batch)[1], lambda idx: exact(idx)[0], exact, self.batches, dtype=torch.float64
-        )
+        B = self.config.train.batch
+
+        def parts(batch: Batch) -> Iterator[Tensor]:
+            """Losses that add up to the batch's."""
+            for idx, targets in zip(*(x.split(self.few) for x in batch), strict=True):
+                yield exact(idx, targets)[1] * (len(idx) / B)
+
+        losses = []
+        for part in parts(self.batches[0]):
+            part.backward()
+            losses.append(part.detach())
+        with torch.no_grad():
+            rest = [sum(parts(batch)) for batch in self.batches[1:]]
+            logits = exact(self.batches[0][0][: self.few])[0]
+        return {"losses": torch.stack([sum(losses), *rest]), "logits": logits, **gradients(exact)}
 
     def parameter_bytes(self) -> int:
         """Bytes of all weights, which are those of all gradients."""
@@ -223,28 +231,28 @@ class Gate:
     def __init__(self, bench: TrainBench) -> None:
         self.bench = bench
         self.oracle = bench.oracle()
-        self.plain: dict[torch.dtype, dict[str, Tensor]] = {}
+        self.plain: dict[torch.dtype, Outcome] = {}
 
-    def __call__(self, column: Column) -> list[Row]:
-        """One row a quantity."""
+    def __call__(self, column: Column, got: object) -> list[Row]:
+        """One row a quantity that there is: a CUDA graph has gradients alone."""
         assert isinstance(column, TrainColumn)
-        got = column.outcome()
+        assert isinstance(got, dict)
         if column.dtype not in self.plain:
             # The reference is the first column; our fp32 column in a bf16 run needs the reference in fp32.
             reference = column if column.name == "reference" else self.bench.column("reference")
             reference.dtype = column.dtype
-            self.plain[column.dtype] = got if reference is column else reference.outcome()
+            self.plain[column.dtype] = got if reference is column else reference.results()
         plain = self.plain[column.dtype]
         return [
             compare(
                 name,
-                got[name],
+                values,
                 plain[name],
-                right,
+                self.oracle[name],
                 dtype=column.dtype,
                 factor=factor(column.name, name.startswith("grad ")),
             )
-            for name, right in self.oracle.items()
+            for name, values in got.items()
         ]
 
 
@@ -252,7 +260,7 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
     """Every figure of the training step of one size."""
     config = train_config(name)
     m, B = config.model, config.train.batch
-    bench = TrainBench(config, options.dtype, options.backend)
+    bench = TrainBench(config, options.dtype, options.backend, options.device, options.warm)
     parameters = sum(p.numel() for p in bench.weights.parameters())
     shape = {"L": m.n_layer, "H": m.n_head, "C": m.n_embd, "T": m.context, "B": B, "V": m.vocab_size}
     case = run_case(
@@ -262,10 +270,11 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
         build=bench.column,
         judge=Gate(bench),
         cost=bench.cost,
+        gradient_bytes=bench.parameter_bytes(),
         work={"kind": "train", "size": name},
         options=options,
     )
-    return {"size": name, "shape": shape, "parameters": parameters, **case}
+    return {"size": name, "shape": shape, "parameters": parameters, "logits_compared": bench.few * m.context, **case}
 
 
 def bench_train(names: Sequence[str], options: Options) -> Iterator[dict[str, object]]:

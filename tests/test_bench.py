@@ -87,7 +87,7 @@ def test_matmul_roof_computes_the_product_it_times():
 
 def run_bench(capsys, *argv: str) -> tuple[int, str, dict]:
     """Exit status, the text, and the last line as JSON."""
-    status = main(argv)
+    status = main((*argv, "--device", "cpu"))
     text = capsys.readouterr().out
     return status, text, json.loads(text.splitlines()[-1])
 
@@ -160,7 +160,7 @@ def test_a_step_leaves_the_weights_that_were_gated():
     before = [p.clone() for p in bench.weights.parameters()]
     columns = [bench.column(name) for name in ("reference", "eager", "ours")]
     for column in columns:
-        assert set(column.run()) == {"forward", "backward", "step"}
+        assert set(column.run()) == {"forward", "backward", "optimizer", "step"}
     for p, was in zip(bench.weights.parameters(), before, strict=True):
         assert torch.equal(p, was)
         assert p.grad is None
@@ -171,7 +171,7 @@ def test_a_step_leaves_the_weights_that_were_gated():
 def test_best_eager_is_the_same_function(pos):
     config = train_config("tiny")
     bench = TrainBench(replace(config, model=replace(config.model, pos=pos, act="gelu")), "fp32", "auto")
-    eager, reference = (bench.column(name).outcome() for name in ("eager", "reference"))
+    eager, reference = (bench.column(name).results() for name in ("eager", "reference"))
     for name, value in reference.items():
         torch.testing.assert_close(eager[name], value, rtol=1e-4, atol=1e-6, msg=name)
 

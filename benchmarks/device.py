@@ -1,0 +1,109 @@
+"""Where a benchmark runs: how time is taken there, what the caches hold before a run, and what memory a run needs.
+
+On a GPU the time is that between events on the stream. Before each run the GPU is idle; then its L2 cache is overwritten
+(cold), or the work is done once untimed (warm). Either occupies the GPU while the host enters the work, so that what the
+host needs for a launch shows only where it needs longer than the GPU does. `host` is the host's own time for the launches
+of a run, and a CUDA graph (benchmarks/graph.py) is the time without them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+Stages = Sequence[tuple[str, Callable[[], None]]]
+
+# The L2 of an H100 holds 50 MB, that of the next ones 126.
+FLUSH_BYTES = 256 << 20
+
+
+class Clock:
+    """Laps of the CPU's time."""
+
+    host: float | None = None
+
+    def __init__(self, warm: bool = False) -> None:
+        self.warm = warm
+        self.marks: list[float] = []
+
+    def start(self) -> None:
+        """Begin the first lap."""
+        self.marks = [time.perf_counter()]
+
+    def lap(self) -> None:
+        """End a lap, begin the next."""
+        self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Seconds of the laps."""
+        return [after - before for before, after in pairwise(self.marks)]
+
+
+class CudaClock:
+    """Laps of the current stream's time; see this file's head."""
+
+    def __init__(self, warm: bool) -> None:
+        self.warm = warm
+        self.flushed = None if warm else torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.marks: list[torch.cuda.Event] = []
+        self.began, self.host = 0.0, 0.0
+
+    def start(self) -> None:
+        """Overwrite the cache unless it shall be warm, and begin the first lap."""
+        if self.flushed is not None:
+            torch.cuda.synchronize()
+            self.flushed.zero_()
+        self.marks = []
+        self.lap()
+        self.began = time.perf_counter()
+
+    def lap(self) -> None:
+        """End a lap, begin the next."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def laps(self) -> list[float]:
+        """Seconds of the laps, once the GPU has done them."""
+        self.host = time.perf_counter() - self.began
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self.marks)]
+
+
+@cache
+def clock_of(device: str, warm: bool = False) -> Clock | CudaClock:
+    """The one clock of a device: the memory that it overwrites is allocated once."""
+    return CudaClock(warm) if device == "cuda" else Clock(warm)
+
+
+def timed(clock: Clock | CudaClock, stages: Stages, total: str) -> dict[str, float]:
+    """Seconds of each stage, done one after another, and of all of them under the name total."""
+    if clock.warm:
+        for _, stage in stages:
+            stage()
+    clock.start()
+    for _, stage in stages:
+        stage()
+        clock.lap()
+    laps = clock.laps()
+    host = {} if clock.host is None else {"host": clock.host}
+    return {**{name: lap for (name, _), lap in zip(stages, laps, strict=True)}, total: sum(laps), **host}
+
+
+def gpu_peak(run: Callable[[], object], gradient_bytes: int) -> dict[str, float]:
+    """Megabytes that torch's allocator hands out at the peak of a run, above what it held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {
+        "peak_mb": peak / 1e6,
+        "gradients_mb": gradient_bytes / 1e6,
+        "peak_beyond_gradients_mb": max(0, peak - gradient_bytes) / 1e6,
+    }

@@ -1,0 +1,145 @@
+"""`gptkernels bench --device cuda` where there is no GPU: its own code runs whole, on a stand-in that computes on the CPU.
+
+The stand-in keeps what the benchmark may rely on: events know when they were recorded, a capture does the work once, and
+whatever asks for the device cuda gets the CPU. So the names of columns, the gate, the graphs' figures, memory and tables
+are what they are on a GPU; the times are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import device, machine
+from benchmarks.cli import main
+
+
+class Generator(torch.Generator):
+    """A generator that counts on the CPU wherever it shall."""
+
+    def __new__(cls, device: str = "cpu"):
+        return super().__new__(cls, device="cpu")
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Every function of torch that is asked for the device cuda gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*("cpu" if isinstance(a, str) and a == "cuda" else a for a in args), **kwargs)
+
+
+class Event:
+    """A CUDA event on a GPU that is as fast as the host."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing, "an event without it has no time"
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class Graph:
+    """A graph that may be captured once and replayed after that."""
+
+    captured = False
+
+    def replay(self) -> None:
+        assert self.captured, "replayed before its capture"
+
+
+@contextlib.contextmanager
+def capture(graph: Graph, pool: str, stream: object):
+    """Does the work once, as the GPU's memory has it after a replay."""
+    assert pool == "pool" and stream is not None
+    yield
+    graph.captured = True
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda as the benchmark uses it."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    properties = {"name": "Stand-in", "multi_processor_count": 1, "major": 9, "minor": 0, "total_memory": 1 << 30}
+    fakes = {
+        "is_available": lambda: True,
+        "synchronize": lambda: None,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": lambda: "pool",
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "memory_allocated": lambda: 1_000_000,
+        "max_memory_allocated": lambda: 4_000_000,
+        "reset_peak_memory_stats": lambda: None,
+        "get_device_properties": lambda: SimpleNamespace(**properties, L2_cache_size=1 << 20),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(device, "FLUSH_BYTES", 1024)
+    monkeypatch.setattr(machine, "GPU_QUICK_MATMUL", 64)
+    monkeypatch.setattr(machine, "GPU_COPY_BYTES", 1 << 20)
+    device.clock_of.cache_clear()
+    machine.gpu_roofs.cache_clear()
+    with OnTheCpu():
+        yield
+    device.clock_of.cache_clear()
+    machine.gpu_roofs.cache_clear()
+
+
+def bench(capsys, *argv: str) -> tuple[int, str, dict]:
+    """Exit status, the text, and the last line as JSON."""
+    status = main((*argv, "--device", "cuda", "--quick", "--no-compile", "--rounds", "2"))
+    text = capsys.readouterr().out
+    return status, text, json.loads(text.splitlines()[-1])
+
+
+def assert_gpu_case(case: dict, measured: set[str]) -> None:
+    """The columns that can run have every figure, also as graphs; the CUDA kernels say why they have none."""
+    assert case["device"] == "cuda"
+    assert case["ours"] == ["triton"]
+    assert "_cuda.so is not built" in case["columns"]["cuda"]["unavailable"]
+    assert set(case["columns"]) == measured | {"cuda"}
+    for name in measured:
+        note = case["columns"][name]
+        assert note["passed"], note
+        assert note["host"]["ms"] > 0
+        for row in case["rows"]:
+            assert note[row]["ms"] > 0 and note["graph"][row]["ms"] > 0, (name, row)
+
+
+@pytest.mark.parametrize("cache", ["cold", "warm"])
+def test_ops(gpu, capsys, cache):
+    options = ("--warm",) if cache == "warm" else ()
+    status, text, result = bench(capsys, "ops", "layer_norm", "linear", "--dtype", "fp16", *options)
+    assert status == 0, text
+    assert result["device"] == "cuda" and result["machine"]["gpu"] == "Stand-in"
+    for case in result["cases"]:
+        assert_gpu_case(case, {"reference", "eager", "triton"})
+        assert case["cache"] == cache and f"fp16, {cache} cache" in text
+        assert "triton against, graph" in text and "cuda: not measured" in text
+
+
+def test_train(gpu, capsys):
+    status, text, result = bench(capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32")
+    assert status == 0, text
+    (case,) = result["cases"]
+    assert set(case["columns"]) == {"reference", "eager", "triton"}
+    for note in case["columns"].values():
+        assert note["passed"] and note["graph"]["step"]["ms"] > 0
+    assert case["logits_compared"] == 8 * 16
