@@ -44,6 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"presets ({', '.join(preset_names())}), .toml files or sizes ({', '.join(SIZES)}); default "
         + ", ".join(f"on {device} {' '.join(names)}" for device, names in DEFAULT_CASES.items()),
     )
+    train.add_argument(
+        "--breakdown", action="store_true", help="also time and saved bytes of each operator in the step"
+    )
     for command in (ops, train):
         add_options(command)
     table = commands.add_parser("table", help="the README's table from committed results")
@@ -95,6 +98,7 @@ def options_of(args: argparse.Namespace) -> Options:
         warm=args.warm,
         compile=not args.no_compile,
         memory=not (args.no_memory or args.quick),
+        breakdown=args.command == "train" and args.breakdown,
     )
 
 

@@ -20,6 +20,7 @@ class Options:
     warm: bool = False
     compile: bool = True
     memory: bool = True
+    breakdown: bool = False
 
     def work(self) -> dict[str, object]:
         """What a process that measures memory must know."""

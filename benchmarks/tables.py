@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from benchmarks.breakdown import lines as breakdown_lines
+
 LOSES = "LOSES"
 
 
@@ -31,6 +33,8 @@ def case_text(case: Mapping) -> str:
     lines = [f"{case['case']}, {case['dtype']}{cache}", roof_line(case["roof"])]
     if timed:
         lines += ["", *aligned([("", "", *timed), *table_rows(case, timed)])]
+    if "breakdown" in case:
+        lines += ["", *aligned(breakdown_lines(case["breakdown"], our_columns(case)))]
     return "\n".join([*lines, "", *remarks(case)])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.best_eager import BestEager
+from benchmarks.breakdown import breakdown
 from benchmarks.case import GPU_BACKENDS, column_dtype, column_names, factor, run_case
 from benchmarks.compiler import compiled
 from benchmarks.device import Stages, clock_of, timed
@@ -84,8 +85,9 @@ class TrainColumn:
         loss: Callable[[Tensor, Tensor], Tensor],
         logits: Callable[[Tensor], Tensor],
         bench: TrainBench,
+        model: nn.Module,
     ) -> None:
-        self.name = name
+        self.name, self.model = name, model
         self.loss_of, self.logits_of = loss, logits
         self.bench = bench
         self.dtype = column_dtype(name, bench.dtype)
@@ -186,13 +188,15 @@ class TrainBench:
     def column(self, name: str) -> TrainColumn:
         """One column by its name."""
         if name == "reference":
-            return TrainColumn(name, lambda *batch: self.weights(*batch)[1], lambda idx: self.weights(idx)[0], self)
+            model = self.weights
+            return TrainColumn(name, lambda *batch: model(*batch)[1], lambda idx: model(idx)[0], self, model)
         if name in ("eager", "compile"):
-            model = BestEager(self.weights)
+            eager = BestEager(self.weights)
+            loss = compiled(eager.loss) if name == "compile" else eager.loss
             # The compiled column's logits are best eager's: its own function is the loss, which its gradients pin down.
-            return TrainColumn(name, compiled(model.loss) if name == "compile" else model.loss, model, self)
+            return TrainColumn(name, loss, eager, self, eager)
         ours = FastGPT.from_reference(self.weights, backend=name if name in GPU_BACKENDS else self.backend)
-        return TrainColumn(name, lambda *batch: ours(*batch)[1], lambda idx: ours(idx)[0], self)
+        return TrainColumn(name, lambda *batch: ours(*batch)[1], lambda idx: ours(idx)[0], self, ours)
 
     def oracle(self) -> Outcome:
         """The reference in float64, few sequences at a time: a mean over a batch is the mean of those of equal parts."""
@@ -274,7 +278,11 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
         work={"kind": "train", "size": name},
         options=options,
     )
-    return {"size": name, "shape": shape, "parameters": parameters, "logits_compared": bench.few * m.context, **case}
+    extra: dict[str, object] = {"logits_compared": bench.few * m.context}
+    if options.breakdown:
+        timed_columns = [column for column in ("eager", *case["ours"]) if ROWS[0] in case["columns"][column]]
+        extra["breakdown"] = breakdown(bench, timed_columns, options)
+    return {"size": name, "shape": shape, "parameters": parameters, **extra, **case}
 
 
 def bench_train(names: Sequence[str], options: Options) -> Iterator[dict[str, object]]:

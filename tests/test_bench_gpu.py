@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import device, machine
+from benchmarks import device, machine, train_step
 from benchmarks.cli import main
 
 
@@ -94,6 +94,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(device, "FLUSH_BYTES", 1024)
     monkeypatch.setattr(machine, "GPU_QUICK_MATMUL", 64)
     monkeypatch.setattr(machine, "GPU_COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(train_step, "BATCHES", 1)  # the interpreter is slow
     device.clock_of.cache_clear()
     machine.gpu_roofs.cache_clear()
     with OnTheCpu():
@@ -104,7 +105,7 @@ def gpu(monkeypatch):
 
 def bench(capsys, *argv: str) -> tuple[int, str, dict]:
     """Exit status, the text, and the last line as JSON."""
-    status = main((*argv, "--device", "cuda", "--quick", "--no-compile", "--rounds", "2"))
+    status = main((*argv, "--device", "cuda", "--quick", "--no-compile", "--rounds", "1"))
     text = capsys.readouterr().out
     return status, text, json.loads(text.splitlines()[-1])
 
@@ -136,10 +137,13 @@ def test_ops(gpu, capsys, cache):
 
 
 def test_train(gpu, capsys):
-    status, text, result = bench(capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32")
+    status, text, result = bench(
+        capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32", "--breakdown"
+    )
     assert status == 0, text
     (case,) = result["cases"]
     assert set(case["columns"]) == {"reference", "eager", "triton"}
     for note in case["columns"].values():
         assert note["passed"] and note["graph"]["step"]["ms"] > 0
     assert case["logits_compared"] == 8 * 16
+    assert set(case["breakdown"]) == {"eager", "triton"}
