@@ -44,5 +44,5 @@ OP = Op(
     ours=gptkernels.causal_attention,
     cost=lambda s, dtype_bytes: cost.attention(s["B"], s["H"], s["T"], s["D"], dtype_bytes),
     others={"flash-attn": flash_attn} if find_spec("flash_attn") else {},
-    independent=True,
+    independent=2,  # batch and heads
 )

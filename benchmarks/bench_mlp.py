@@ -67,6 +67,9 @@ class BareGemms:
     def results(self) -> None:
         """None: nothing here could be compared."""
 
+    def kept_bytes(self) -> None:
+        """None: there is no backward of its own."""
+
     def holds(self) -> None:
         """None: the memory is there for good."""
 

@@ -6,9 +6,8 @@ step, and what lies between the calls is a row of its own, `rest`: residual adds
 copies of autograd, Python. The identities cost time as well, which is part of these rows: `marks` is by how much a step with
 them is longer than the median of those without.
 
-What is kept for the backward is counted in a forward without a clock: every tensor that autograd saves or that our
-operators hold, once each, at the first operator that keeps it; parameters and the batch, which are there anyway, are not
-counted.
+What is kept for the backward is counted in a forward without a clock (benchmarks/kept.py), once each, at the first operator
+that keeps it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks import best_eager
 from benchmarks.harness import Times, timed_rounds
+from benchmarks.kept import Kept
 from model import fast
 
 if TYPE_CHECKING:
@@ -139,50 +139,27 @@ class Marked:
         return {**seconds, "step": sum(seconds.values())}
 
 
-class Saved:
-    """Bytes that the operators of a forward keep for the backward."""
+def kept_bytes(column: TrainColumn) -> dict[str, int]:
+    """Bytes kept for the backward by each operator of a forward."""
+    kept = Kept([*column.bench.weights.parameters(), *column.bench.batches[0]])
+    found = dict.fromkeys(ROWS, 0)
 
-    def __init__(self, there: Iterable[Tensor]) -> None:
-        self.current = REST
-        self.bytes: dict[str, int] = dict.fromkeys(ROWS, 0)
-        # Kept alive while counting: memory that is given back could come again as another tensor's.
-        self.seen = {t.untyped_storage().data_ptr(): t for t in there}
-
-    def count(self, tensor: Tensor) -> Tensor:
-        """Add a tensor's memory unless it is counted."""
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in self.seen:
-            self.seen[storage.data_ptr()] = tensor.detach()
-            self.bytes[self.current] += storage.nbytes()
-        return tensor.detach()
-
-    def around(self, name: str, operator: Operator) -> Operator:
-        """The operator, counted under its name."""
-
+    def around(name: str, operator: Operator) -> Operator:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.current = name
+            # What has been kept since the last call and before this one belongs to neither.
+            found[REST] += kept.add(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             result = operator(*args, **kwargs)
-            for output in result if isinstance(result, tuple) else (result,):
-                for held in vars(output.grad_fn).values() if hasattr(output.grad_fn, "__dict__") else ():
-                    for tensor in held if isinstance(held, tuple) else (held,):
-                        if isinstance(tensor, Tensor):
-                            self.count(tensor)
-            self.current = REST
+            found[name] += kept.add(result if isinstance(result, tuple) else (result,))
             return result
 
         return call
 
-
-def saved_bytes(column: TrainColumn) -> dict[str, int]:
-    """Bytes kept for the backward by each operator of a forward."""
-    saved = Saved([*column.bench.weights.parameters(), *column.bench.batches[0]])
-    with (
-        wrapped([column.model], saved.around),
-        torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor),
-    ):
+    with wrapped([column.model], around):
         column.forward()
-        column.clear()
-    return saved.bytes
+    assert column.value is not None
+    found[REST] += kept.add([column.value])
+    column.clear()
+    return found
 
 
 def breakdown(bench: TrainBench, names: Sequence[str], options: Options) -> dict[str, dict[str, object]]:
@@ -193,7 +170,7 @@ def breakdown(bench: TrainBench, names: Sequence[str], options: Options) -> dict
     without = timed_rounds(columns, [], options.rounds, share, {})
     return {
         column.name: column_figures(times[column.name], statistics.median(without[column.name]["step"]))
-        | {"saved_bytes": saved_bytes(column)}
+        | {"kept_bytes": kept_bytes(column)}
         for column in columns
     }
 
@@ -228,7 +205,7 @@ def lines(figures: dict[str, dict], ours: Sequence[str]) -> list[tuple[str, ...]
         cells = [
             cell
             for of in figures.values()
-            for cell in (*(f"{of[phase][row]:.3f}" for phase in PHASES), f"{of['saved_bytes'][row] / 1e6:.2f}")
+            for cell in (*(f"{of[phase][row]:.3f}" for phase in PHASES), f"{of['kept_bytes'][row] / 1e6:.2f}")
         ]
         ratios = (f"{both('eager', row) / both(name, row):.2f}x" if both(name, row) else "-" for name in ours)
         result.append((row, "", *cells, *ratios))

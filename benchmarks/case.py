@@ -90,6 +90,8 @@ def run_case(
         notes[column.name] |= row_figures(column.name, times[column.name])
         if "host" in times[column.name]:
             notes[column.name]["host"] = time_figures(times[column.name]["host"])
+        if (kept := column.kept_bytes()) is not None:
+            notes[column.name]["kept_bytes"] = kept
     if options.device == "cuda":
         # One column after another, not in rounds: the graphs of training steps keep gigabytes, too much for all at once.
         for column in columns:
@@ -104,7 +106,7 @@ def run_case(
         "case": title,
         "device": options.device,
         "dtype": options.dtype,
-        "cache": "warm" if options.warm else "cold" if options.device == "cuda" else "as it comes",
+        "cache": options.cache,
         "rounds": options.rounds,
         "budget": options.budget,
         "rows": list(rows),
@@ -119,7 +121,7 @@ def run_case(
 def graph_note(column: Column, judge: Judge, row_figures: RowFigures, share: float, options: Options) -> dict:
     """A column's figures as CUDA graphs, or why there are none."""
     try:
-        replay = Replay(column, clock_of(options.device, options.warm))
+        replay = Replay(column, clock_of(options.device, options.cache))
         errors = judge(column, replay.results())
         if errors is not None and not (note := gate_figures(errors))["passed"]:
             return note

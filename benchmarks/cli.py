@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import GPU_BACKENDS
+from benchmarks.device import AS_IT_COMES, COLD, WARM
 from benchmarks.machine import describe
 from benchmarks.op import DTYPES
 from benchmarks.ops import OPS, bench_ops
@@ -79,7 +80,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="timing of one case, shared evenly by its columns; a column with slow runs gets fewer rounds, at least one "
         f"(default {BUDGETS['cpu']:g}, on a GPU {BUDGETS['cuda']:g})",
     )
-    parser.add_argument("--warm", action="store_true", help="each run right after an untimed one of the same column")
+    parser.add_argument(
+        "--cache",
+        choices=(COLD, WARM, AS_IT_COMES),
+        help="before each run: overwrite the caches, or do the work once untimed, or neither; default neither on a CPU, "
+        "cold on a GPU",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, small shapes of operators, no memory")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
@@ -95,7 +101,7 @@ def options_of(args: argparse.Namespace) -> Options:
         rounds=args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
         budget=args.budget or BUDGETS[args.device],
         quick=args.quick,
-        warm=args.warm,
+        cache=args.cache or (AS_IT_COMES if args.device == "cpu" else COLD),
         compile=not args.no_compile,
         memory=not (args.no_memory or args.quick),
         breakdown=args.command == "train" and args.breakdown,

@@ -1,23 +1,27 @@
 """Where a benchmark runs: how time is taken there, what the caches hold before a run, and what memory a run needs.
 
-On a GPU the time is that between events on the stream. Before each run the GPU is idle; then its L2 cache is overwritten
-(cold), or the work is done once untimed (warm). Either occupies the GPU while the host enters the work, so that what the
-host needs for a launch shows only where it needs longer than the GPU does. `host` is the host's own time for the launches
-of a run, and a CUDA graph (benchmarks/graph.py) is the time without them.
+A cold run follows an overwriting of the caches, a warm one an untimed run of the same work; else they hold what the column
+before has left, which on a CPU is the default.
+
+On a GPU the time is that between events on the stream, from an idle GPU on. Overwriting the L2 cache or the untimed run
+occupies it while the host enters the work, so that what the host needs for a launch shows only where it needs longer than
+the GPU does. `host` is the host's own time for the launches of a run, and a CUDA graph (benchmarks/graph.py) is the time
+without them.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import pairwise
 
 import torch
 
 Stages = Sequence[tuple[str, Callable[[], None]]]
 
-# The L2 of an H100 holds 50 MB, that of the next ones 126.
+COLD, WARM, AS_IT_COMES = "cold", "warm", "as-is"
+# The L2 of an H100 holds 50 MB, that of the next ones 126; a CPU's L3 may hold as much.
 FLUSH_BYTES = 256 << 20
 
 
@@ -26,12 +30,15 @@ class Clock:
 
     host: float | None = None
 
-    def __init__(self, warm: bool = False) -> None:
-        self.warm = warm
+    def __init__(self, cache: str) -> None:
+        self.warm = cache == WARM
+        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8) if cache == COLD else None
         self.marks: list[float] = []
 
     def start(self) -> None:
-        """Begin the first lap."""
+        """Overwrite the caches if they shall be cold, and begin the first lap."""
+        if self.flushed is not None:
+            self.flushed.zero_()
         self.marks = [time.perf_counter()]
 
     def lap(self) -> None:
@@ -46,16 +53,17 @@ class Clock:
 class CudaClock:
     """Laps of the current stream's time; see this file's head."""
 
-    def __init__(self, warm: bool) -> None:
-        self.warm = warm
-        self.flushed = None if warm else torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    def __init__(self, cache: str) -> None:
+        self.warm = cache == WARM
+        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cache == COLD else None
         self.marks: list[torch.cuda.Event] = []
         self.began, self.host = 0.0, 0.0
 
     def start(self) -> None:
-        """Overwrite the cache unless it shall be warm, and begin the first lap."""
-        if self.flushed is not None:
+        """Overwrite the cache if it shall be cold, and begin the first lap."""
+        if not self.warm:
             torch.cuda.synchronize()
+        if self.flushed is not None:
             self.flushed.zero_()
         self.marks = []
         self.lap()
@@ -74,10 +82,10 @@ class CudaClock:
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self.marks)]
 
 
-@cache
-def clock_of(device: str, warm: bool = False) -> Clock | CudaClock:
+@functools.cache
+def clock_of(device: str, cache: str = AS_IT_COMES) -> Clock | CudaClock:
     """The one clock of a device: the memory that it overwrites is allocated once."""
-    return CudaClock(warm) if device == "cuda" else Clock(warm)
+    return CudaClock(cache) if device == "cuda" else Clock(cache)
 
 
 def timed(clock: Clock | CudaClock, stages: Stages, total: str) -> dict[str, float]:

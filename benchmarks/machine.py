@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.device import clock_of, timed
+from benchmarks.device import AS_IT_COMES, clock_of, timed
 from benchmarks.harness import Timed, Times
 from benchmarks.options import Options
 from gptkernels.backend import cpu_library
@@ -41,9 +41,11 @@ GPU_QUICK_MATMUL = 2048
 class MatmulRoof:
     """A large torch matmul in one dtype, into memory that is already there."""
 
-    def __init__(self, dtype: torch.dtype, size: int, layout: str, device: str = "cpu", warm: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype, size: int, layout: str, device: str = "cpu", cache: str = AS_IT_COMES
+    ) -> None:
         self.name = f"roof:matmul {dtype}"
-        self.size, self.layout, self.clock = size, layout, clock_of(device, warm)
+        self.size, self.layout, self.clock = size, layout, clock_of(device, cache)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         transpose_a, transpose_b = LAYOUTS[layout]
         self.a, self.b = a.t() if transpose_a else a, b.t() if transpose_b else b
@@ -59,9 +61,9 @@ class MatmulRoof:
         return timed(self.clock, (("product", self.multiply),), "matmul")
 
     @classmethod
-    def fastest(cls, dtype: torch.dtype, size: int, device: str, warm: bool) -> MatmulRoof:
+    def fastest(cls, dtype: torch.dtype, size: int, device: str, cache: str) -> MatmulRoof:
         """The fastest layout at one size."""
-        probes = (cls(dtype, size, layout, device, warm) for layout in LAYOUTS)
+        probes = (cls(dtype, size, layout, device, cache) for layout in LAYOUTS)
         return min(probes, key=lambda probe: min(probe.run()["matmul"] for _ in range(3)))
 
     @classmethod
@@ -81,10 +83,10 @@ class CopyRoof:
 
     name = "roof:copy"
 
-    def __init__(self, size: int, device: str = "cpu", warm: bool = False) -> None:
+    def __init__(self, size: int, device: str = "cpu", cache: str = AS_IT_COMES) -> None:
         self.source = torch.ones(size // 4, device=device)
         self.target = torch.empty_like(self.source)
-        self.cost, self.clock = Cost(0, 2 * size), clock_of(device, warm)
+        self.cost, self.clock = Cost(0, 2 * size), clock_of(device, cache)
 
     def copy(self) -> None:
         """The copy."""
@@ -128,18 +130,18 @@ class Roofs:
 def roofs_of(dtypes: Sequence[torch.dtype], options: Options) -> Roofs:
     """The roofs of a case in these dtypes."""
     if options.device == "cuda":
-        return gpu_roofs(tuple(dtypes), options.quick, options.warm)
+        return gpu_roofs(tuple(dtypes), options.quick, options.cache)
     largest = SMALLEST_MATMUL if options.quick else LARGEST_MATMUL
     matmuls = {dtype: MatmulRoof.fitted(dtype, largest) for dtype in dtypes}
     return Roofs(matmuls, CopyRoof(COPY_BYTES // 16 if options.quick else COPY_BYTES))
 
 
-@cache
-def gpu_roofs(dtypes: tuple[torch.dtype, ...], quick: bool, warm: bool) -> Roofs:
+@functools.cache
+def gpu_roofs(dtypes: tuple[torch.dtype, ...], quick: bool, cache: str) -> Roofs:
     """The roofs of a GPU, the same in all cases of a run."""
     size = GPU_QUICK_MATMUL if quick else GPU_MATMUL
-    matmuls = {dtype: MatmulRoof.fastest(dtype, size, "cuda", warm) for dtype in dtypes}
-    return Roofs(matmuls, CopyRoof(GPU_COPY_BYTES // 16 if quick else GPU_COPY_BYTES, "cuda", warm))
+    matmuls = {dtype: MatmulRoof.fastest(dtype, size, "cuda", cache) for dtype in dtypes}
+    return Roofs(matmuls, CopyRoof(GPU_COPY_BYTES // 16 if quick else GPU_COPY_BYTES, "cuda", cache))
 
 
 def describe(device: str = "cpu") -> dict[str, object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.device import Clock, CudaClock, Stages, timed
 from benchmarks.harness import Column
+from benchmarks.kept import Kept
 from gptkernels.cost import OpCost
 
 Shape = dict[str, int]
@@ -26,8 +27,8 @@ class Op:
 
     `reference` and `eager` take the inputs; `ours` takes them and `backend`. `others` are columns of other libraries,
     where they are installed. `extra` makes one more column from the inputs, for a bound that is no competitor.
-    independent says that every input and output has one first dimension whose rows never meet: float64 can then be
-    computed row by row, which at the largest shapes is what fits into memory.
+    independent is how many first dimensions, the same of every input and output, have rows that never meet: float64 can
+    then be computed row by row, which at the largest shapes is what fits into memory.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Op:
     cost: Callable[[Shape, int], OpCost]
     others: Mapping[str, Callable[..., Outputs]] = field(default_factory=dict)
     extra: Callable[[tuple[Tensor, ...], Clock | CudaClock], Column] | None = None
-    independent: bool = False
+    independent: int = 0
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -121,6 +122,14 @@ class OpColumn:
         results = outputs, self.gradients
         self.clear()
         return results
+
+    def kept_bytes(self) -> int:
+        """Bytes that the forward keeps for the backward, beside the inputs."""
+        self.forward()
+        assert self.outputs is not None
+        found = Kept(self.inputs).add(self.outputs)
+        self.clear()
+        return found
 
     def holds(self) -> object:
         """What the stage that was just done has made."""

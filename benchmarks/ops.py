@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import bench_attention, bench_cross_entropy, bench_layer_norm, bench_linear, bench_mlp
 from benchmarks.case import GPU_BACKENDS, OURS_FP32, column_names, factor, run_case
 from benchmarks.compiler import compiled
-from benchmarks.device import Clock, CudaClock, clock_of
+from benchmarks.device import AS_IT_COMES, Clock, CudaClock, clock_of
 from benchmarks.harness import Column
 from benchmarks.op import DTYPES, Op, OpColumn, Outputs, Results, Shape, as_tuple, output_gradients
 from benchmarks.options import Options
@@ -41,10 +41,14 @@ class OpData:
 
         return OpData(tuple(map(cast, self.inputs)), tuple(dy.to(dtype) for dy in self.doutputs), self.clock)
 
-    def rows(self) -> list[OpData]:
-        """One a row of the first dimension, of an operator in which those rows never meet."""
-        inputs = zip(*(x.split(1) for x in self.inputs), strict=True)
-        doutputs = zip(*(dy.split(1) for dy in self.doutputs), strict=True)
+    def rows(self, dims: int) -> list[OpData]:
+        """One a row of the first dimensions, of an operator in which those rows never meet."""
+
+        def split(x: Tensor) -> list[Tensor]:
+            return [row.view(*[1] * dims, *x.shape[dims:]) for row in x.detach().flatten(0, dims - 1)]
+
+        inputs = zip(*map(split, self.inputs), strict=True)
+        doutputs = zip(*map(split, self.doutputs), strict=True)
         return [OpData(*both, self.clock) for both in zip(inputs, doutputs, strict=True)]
 
     def gradient_bytes(self) -> int:
@@ -52,11 +56,11 @@ class OpData:
         return sum(x.numel() * x.element_size() for x in self.inputs if x.requires_grad)
 
 
-def op_data(op: Op, shape: Shape, dtype: torch.dtype, device: str = "cpu", warm: bool = False) -> OpData:
+def op_data(op: Op, shape: Shape, dtype: torch.dtype, device: str = "cpu", cache: str = AS_IT_COMES) -> OpData:
     """Seeded inputs; the outputs' shapes come from the meta device, so that nothing is computed for them."""
     inputs = op.inputs(shape, dtype, device)
     outputs = as_tuple(op.eager(*(x.detach().to("meta") for x in inputs)))
-    return OpData(inputs, output_gradients(outputs, device), clock_of(device, warm))
+    return OpData(inputs, output_gradients(outputs, device), clock_of(device, cache))
 
 
 def op_column(op: Op, name: str, data: OpData, backend: str) -> Column:
@@ -81,19 +85,23 @@ class Gate:
         self.op, self.data = op, data
         arguments = list(inspect.signature(op.reference).parameters)[: len(data.inputs)]
         self.names = [name for name, x in zip(arguments, data.inputs, strict=True) if x.requires_grad]
-        self.oracle = self.exact()
+        self.oracle = self.written_out(torch.float64)
         self.plain: dict[torch.dtype, Results] = {}
 
-    def exact(self) -> Results:
-        """float64, row by row where no row needs another: its scores of all rows may not fit into memory."""
+    def written_out(self, dtype: torch.dtype) -> Results:
+        """What the written-out form gives in a dtype, row by row where no row needs another: all may not fit into memory."""
         if not self.op.independent:
-            return self.written_out(self.data, torch.float64)
-        rows = [self.written_out(row, torch.float64) for row in self.data.rows()]
+            return self.whole(self.data, dtype)
+        rows = [self.whole(row, dtype) for row in self.data.rows(self.op.independent)]
         outputs, gradients = zip(*rows, strict=True)
-        return tuple(map(torch.cat, zip(*outputs, strict=True))), tuple(map(torch.cat, zip(*gradients, strict=True)))
 
-    def written_out(self, data: OpData, dtype: torch.dtype) -> Results:
-        """What the written-out form gives in a dtype."""
+        def joined(parts: Sequence[tuple[Tensor, ...]], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(each).view_as(x) for each, x in zip(zip(*parts, strict=True), like, strict=True))
+
+        return joined(outputs, self.data.doutputs), joined(gradients, self.data.inputs)
+
+    def whole(self, data: OpData, dtype: torch.dtype) -> Results:
+        """What the written-out form gives on these inputs as they are."""
         data = data.to(dtype)
         return OpColumn("written out", self.op.reference, data.inputs, data.doutputs, data.clock).results()
 
@@ -104,7 +112,7 @@ class Gate:
         dtype = column.leaves[0].dtype
         if dtype not in self.plain:
             # The reference is gated first and is the written-out form itself: a slow dtype need not do it twice.
-            self.plain[dtype] = got if column.name == "reference" else self.written_out(self.data, dtype)
+            self.plain[dtype] = got if column.name == "reference" else self.written_out(dtype)
         outputs = zip(got[0], self.plain[dtype][0], self.oracle[0], strict=True)
         gradients = zip(self.names, got[1], self.plain[dtype][1], self.oracle[1], strict=True)
         return [
@@ -118,7 +126,7 @@ class Gate:
 
 def bench_case(op: Op, shape: Shape, options: Options) -> dict[str, object]:
     """Every figure of one operator at one shape."""
-    data = op_data(op, shape, DTYPES[options.dtype], options.device, options.warm)
+    data = op_data(op, shape, DTYPES[options.dtype], options.device, options.cache)
     others = op.others if options.device == "cuda" else ()
     case = run_case(
         f"{op.title} " + " ".join(f"{k}={v}" for k, v in shape.items()),

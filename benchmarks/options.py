@@ -17,7 +17,7 @@ class Options:
     rounds: int = 20
     budget: float = 600.0
     quick: bool = False
-    warm: bool = False
+    cache: str = "as-is"
     compile: bool = True
     memory: bool = True
     breakdown: bool = False

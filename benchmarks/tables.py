@@ -29,7 +29,7 @@ def case_text(case: Mapping) -> str:
     """The title, the roofs, the table and what must be said about it."""
     columns = case["columns"]
     timed = [name for name, note in columns.items() if case["rows"][0] in note]
-    cache = f", {case['cache']} cache" if case.get("device") == "cuda" else ""
+    cache = f", {case['cache']} cache" if case.get("cache", "as-is") != "as-is" else ""
     lines = [f"{case['case']}, {case['dtype']}{cache}", roof_line(case["roof"])]
     if timed:
         lines += ["", *aligned([("", "", *timed), *table_rows(case, timed)])]
@@ -70,6 +70,9 @@ def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:
     hosts = [columns[name].get("host") for name in timed]
     if any(hosts):
         result.append(("launches", "host ms", *(milliseconds(host["ms"]) if host else "-" for host in hosts)))
+    kept = [columns[name].get("kept_bytes") for name in timed]
+    if any(value is not None for value in kept):
+        result.append(("", "kept for backward MB", *("-" if value is None else f"{value / 1e6:.1f}" for value in kept)))
     memories = [columns[name].get("memory", {}) for name in timed]
     if any("peak_mb" in memory for memory in memories):
         for text, key in (("peak MB", "peak_mb"), ("beyond gradients", "peak_beyond_gradients_mb")):

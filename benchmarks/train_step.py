@@ -19,8 +19,9 @@ from benchmarks.best_eager import BestEager
 from benchmarks.breakdown import breakdown
 from benchmarks.case import GPU_BACKENDS, column_dtype, column_names, factor, run_case
 from benchmarks.compiler import compiled
-from benchmarks.device import Stages, clock_of, timed
+from benchmarks.device import AS_IT_COMES, Stages, clock_of, timed
 from benchmarks.harness import Column
+from benchmarks.kept import Kept
 from benchmarks.options import Options
 from gptkernels.cost import Cost, training_step
 from model.config import Config, ModelConfig, TrainConfig, resolve
@@ -139,6 +140,14 @@ class TrainColumn:
             logits = self.logits_of(bench.batches[0][0][: bench.few])
         return {"losses": torch.stack(losses), "logits": logits, **found}
 
+    def kept_bytes(self) -> int:
+        """Bytes that the forward keeps for the backward, beside weights and batch."""
+        self.forward()
+        assert self.value is not None
+        found = Kept([*self.bench.weights.parameters(), *self.bench.batches[0]]).add([self.value])
+        self.clear()
+        return found
+
     def holds(self) -> Outcome:
         """The gradients, once they are there: they pin down all that a graph has computed before."""
         return gradients(self.bench.weights) if self.bench.weights.lm_head.weight.grad is not None else {}
@@ -166,10 +175,10 @@ class TrainBench:
     """Weights, batches and optimizer of a case: what all of its columns share."""
 
     def __init__(
-        self, config: Config, dtype: str, backend: str, device: str = "cpu", warm: bool = False, seed: int = 0
+        self, config: Config, dtype: str, backend: str, device: str = "cpu", cache: str = AS_IT_COMES, seed: int = 0
     ) -> None:
         self.config, self.dtype, self.backend, self.device = config, dtype, backend, device
-        self.clock = clock_of(device, warm)
+        self.clock = clock_of(device, cache)
         torch.manual_seed(seed)
         with torch.device(device):
             self.weights = GPT(config.model)
@@ -264,7 +273,7 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
     """Every figure of the training step of one size."""
     config = train_config(name)
     m, B = config.model, config.train.batch
-    bench = TrainBench(config, options.dtype, options.backend, options.device, options.warm)
+    bench = TrainBench(config, options.dtype, options.backend, options.device, options.cache)
     parameters = sum(p.numel() for p in bench.weights.parameters())
     shape = {"L": m.n_layer, "H": m.n_head, "C": m.n_embd, "T": m.context, "B": B, "V": m.vocab_size}
     case = run_case(

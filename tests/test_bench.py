@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -210,15 +211,28 @@ def test_peak_of_a_column_in_a_process_of_its_own():
     assert 2 * logits < figures["peak_beyond_gradients_mb"] < 4.5 * logits
 
 
-def test_pytest_benchmark_suite_at_small_shapes():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "-k", "small", "-p", "no:cacheprovider"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "16 passed" in done.stdout
+def test_pytest_benchmark_suite_saves_and_compares(tmp_path):
+    def suite(*options: str) -> str:
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-k", "small", *options]
+        quick = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-storage={tmp_path}"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*command, *quick], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "16 passed" in suite("--benchmark-save=first")
+    (file,) = tmp_path.rglob("*_first.json")
+    saved = json.loads(file.read_text())["benchmarks"]
+    assert {bench["group"].split()[0] for bench in saved} == set(OPS)
+    for bench in saved:
+        known = bench["extra_info"]
+        assert known["flops"] > 0 and known["bytes"] > 0
+        kept = known["kept_bytes"]
+        # A bound has no backward, and a linear layer needs no more than its inputs.
+        assert (
+            kept is None if known["column"] == "bare gemms" else (kept > 0) == (not bench["group"].startswith("linear"))
+        )
+    assert "0001_first" in suite("--benchmark-compare", "-k", "small and layer_norm")
 
 
 def fake_case(**fields) -> dict:

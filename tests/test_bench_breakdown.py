@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.breakdown import OPERATORS, PHASES, ROWS, Laps, Marked, breakdown, lines, saved_bytes, wrapped
+from benchmarks.breakdown import OPERATORS, PHASES, ROWS, Laps, Marked, breakdown, kept_bytes, lines, wrapped
 from benchmarks.options import Options
 from benchmarks.train_step import TrainBench, train_config
 
@@ -40,7 +40,7 @@ def test_laps_add_up_to_the_step(bench, name):
 def test_kept_bytes_by_hand(bench):
     m, N = bench.config.model, bench.config.train.batch * bench.config.model.context
     L, C, F, V = m.n_layer, m.n_embd, 4 * m.n_embd, m.vocab_size
-    eager, ours = saved_bytes(bench.column("eager")), saved_bytes(bench.column("ours"))
+    eager, ours = kept_bytes(bench.column("eager")), kept_bytes(bench.column("ours"))
     # The MLP's input and pre-activation; eager keeps the activation too.
     assert ours["gelu_mlp"] == L * 4 * N * (C + F)
     assert eager["gelu_mlp"] == L * 4 * N * (C + 2 * F)
