@@ -12,6 +12,7 @@ from model.config import Config, build, flatten
 from model.data import CharTokenizer, Dataset
 from model.fast import FastGPT, Model
 from model.files import write_atomically
+from model.optimize import Learner
 from model.reference import GPT
 
 FORMAT = 1
@@ -30,9 +31,7 @@ def save_atomically(payload: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda file: torch.save(payload, file))
 
 
-def pack(
-    config: Config, dataset: Dataset, model: Model, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
-) -> dict[str, Any]:
+def pack(config: Config, dataset: Dataset, learner: Learner, progress: dict[str, Any]) -> dict[str, Any]:
     """Everything that a run needs to go on bit for bit; progress is step, best_step and best_val_loss.
 
     The place in the data is the step: batches are a function of the seed and the step (model/data.py).
@@ -42,8 +41,7 @@ def pack(
         "config": flatten(config),
         "characters": dataset.tokenizer.characters,
         "data_sha256": dataset.sha256,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **learner.pack(),
         "random_state": torch.get_rng_state(),
         **progress,
     }

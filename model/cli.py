@@ -29,7 +29,7 @@ examples:
 TRAIN_HELP = """\
 Settings are key=value, after a preset and over it; --print-config lists every key with its meaning. Among them:
   data=shakespeare | shakespeare:PATH_OR_URL | python | FILE | FOLDER     model=fast | reference
-  pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16    backend=auto | cpu | reference
+  pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16 | fp16    backend=auto | cpu | reference
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, loss.svg, samples.txt, last.pt and best.pt.
 Ctrl-C saves and says how to resume.
 """

@@ -61,7 +61,9 @@ class TrainConfig:
     data: str = key("shakespeare", "shakespeare, shakespeare:PATH_OR_URL, python, or a UTF-8 file or folder")
     val_fraction: float = key(0.1, "share of the text, at its end, kept for validation")
     steps: int = key(2000, "optimizer steps")
-    batch: int = key(12, "sequences a step, B")
+    batch: int = key(12, "sequences a step, B, on all devices together")
+    batch_tokens: int = key(0, "tokens a step instead of batch, a multiple of context; 0 means batch * context")
+    micro_batch: str = key("auto", "sequences of one forward and backward on a device; auto is the most that fit")
     lr: float = key(1e-3, "peak learning rate, reached after the warmup")
     min_lr: float = key(1e-4, "learning rate that the cosine ends at")
     warmup: int = key(100, "steps of linear warmup")
@@ -73,7 +75,13 @@ class TrainConfig:
     eval_batches: int = key(20, "random batches of nanoGPT's way to evaluate; the full pass is always done as well")
     log_every: int = key(10, "steps between lines of metrics.csv")
     seed: int = key(1337, "start of every random number")
-    dtype: str = key("fp32", "arithmetic of the forward and backward; parameters stay fp32", ("fp32", "bf16"))
+    dtype: str = key(
+        "auto",
+        "arithmetic of the forward and backward, parameters stay fp32; auto: bf16, fp16 on GPUs without it, fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    tf32: bool = key(False, "fp32 products on a GPU's tensor cores, with factors rounded to 11 bits")
+    compile: bool = key(False, "torch.compile for the training step: minutes before the first one, then fewer kernels")
     model: str = key("fast", "fast runs on gptkernels, reference is plain PyTorch", ("fast", "reference"))
     backend: str = key("auto", "backend of every fast operator: auto is the fastest that works; doctor lists them")
     device: str = key("auto", "auto, cpu or cuda")
@@ -94,6 +102,13 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)}")
         check_backend(self.backend)
+        require(
+            self.batch_tokens >= 0, f"batch_tokens must be 0 (batch * context) or positive, got {self.batch_tokens}"
+        )
+        require(
+            self.micro_batch == "auto" or (self.micro_batch.isdecimal() and int(self.micro_batch) > 0),
+            f"micro_batch must be auto or a number of sequences, got {self.micro_batch!r}",
+        )
         require(bool(self.data), "data must name a text: shakespeare, python, or a file or folder")
         require(
             self.name not in (".", "..") and not set(self.name) & set("/\\"),
@@ -108,6 +123,23 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        tokens, context, micro = self.train.batch_tokens, self.model.context, self.train.micro_batch
+        require(
+            tokens % context == 0,
+            f"batch_tokens must be a multiple of context, got {tokens} and {context}: "
+            f"{max(round(tokens / context), 1) * context} is the nearest",
+        )
+        require(
+            micro == "auto" or self.sequences % int(micro) == 0,
+            f"micro_batch must divide the step's {self.sequences} sequences, got {micro}: {divisors(self.sequences)} do",
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one optimizer step on all devices together."""
+        return self.train.batch_tokens // self.model.context or self.train.batch
+
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}
 
@@ -116,6 +148,12 @@ def require(holds: bool, message: str) -> None:
     """Raise ValueError with the message unless the condition holds."""
     if not holds:
         raise ValueError(message)
+
+
+def divisors(n: int) -> str:
+    """Every number that divides n, in words."""
+    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return " and ".join(filter(None, (", ".join(found[:-1]), found[-1])))
 
 
 def check_types(section: Any) -> None:
@@ -191,6 +229,13 @@ def parse_override(text: str) -> tuple[str, Any]:
     return name, parse_value(name, value.strip())
 
 
+def override(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Change one of dotted settings; the size of a step has two names, of which the later one said counts."""
+    settings[name] = value
+    if name == "train.batch":
+        settings["train.batch_tokens"] = 0
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -215,8 +260,9 @@ def read_preset(preset: str) -> dict[str, Any]:
         require(isinstance(table, dict), f"{path}: {section} must stand in a [model] or [train] table")
         for name, value in table.items():
             full = full_key(f"{section}.{name}")
-            # TOML's 1 is an int; a float setting takes it.
-            settings[full] = float(value) if all_keys()[full].type == "float" and type(value) is int else value
+            # TOML's 1 is an int; a float setting takes it, and one of a word or a number as well.
+            convert = {"float": float, "str": str}.get(str(all_keys()[full].type)) if type(value) is int else None
+            settings[full] = convert(value) if convert else value
     return settings
 
 
@@ -234,7 +280,7 @@ def resolve(preset: str = "", overrides: list[str] | tuple[str, ...] = ()) -> tu
     settings = read_preset(preset) if preset else {}
     origins = {name: f"preset {preset}" if name in settings else "default" for name in all_keys()}
     for name, value in map(parse_override, overrides):
-        settings[name] = value
+        override(settings, name, value)
         origins[name] = "command line"
     return build(settings), origins
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,37 +13,46 @@ from model.config import Config
 from model.data import Dataset, all_windows, random_batch
 from model.fast import Model
 from model.generate import generate
+from model.precision import autocast, to_device
 
-# Tokens in a forward of the full pass: enough to be fast, few enough for a large vocabulary.
-EVAL_TOKENS = 4096
+# Tokens in a forward without gradients: enough to be fast, few enough for a large vocabulary.
+EVAL_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
-def loss_of(model: Model, config: Config, x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
-    """The loss of a batch in the run's arithmetic: bf16 by autocast, else as the parameters are."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.train.dtype == "bf16"):
+def loss_of(model: Callable[..., Any], config: Config, x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
+    """The loss of a batch in the run's arithmetic."""
+    with autocast(config.train.dtype, x.device):
         return model(x, y, seed=seed)[1]
+
+
+def mean_loss(model: Model, config: Config, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The mean over all targets of batches of windows; the device is waited for once, at the end."""
+    device, count = model.lm_head.weight.device, 0
+    rows = max(EVAL_TOKENS[device.type] // config.model.context, 1)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for x, y in batches:
+        for part, targets in zip(x.split(rows), y.split(rows), strict=True):
+            total += loss_of(model, config, to_device(part, device), to_device(targets, device)) * targets.numel()
+            count += targets.numel()
+    return float(total) / count
 
 
 @torch.no_grad()
 def evaluate(model: Model, dataset: Dataset, config: Config, step: int) -> dict[str, Any]:
     """Validation loss over the whole validation part, and over random windows as nanoGPT does."""
     t, context, tokens = config.train, config.model.context, dataset.val
-    device, training = model.lm_head.weight.device, model.training
+    training = model.training
     model.eval()
-
-    def value(x: Tensor, y: Tensor) -> float:
-        return float(loss_of(model, config, x.to(device), y.to(device)))
-
-    total = sum(value(x, y) * y.numel() for x, y in all_windows(tokens, max(EVAL_TOKENS // context, 1), context))
-    full = total / (len(tokens) - 1)
+    full = mean_loss(model, config, all_windows(tokens, max(EVAL_TOKENS["cuda"] // context, 1), context))
     # Other windows at every step, the same ones in a resumed run.
     draws = range(step * 100_003, step * 100_003 + t.eval_batches)
-    random = [value(*random_batch(tokens, t.batch, context, t.seed, draw, "val")) for draw in draws]
+    windows = (random_batch(tokens, config.sequences, context, t.seed, draw, "val") for draw in draws)
+    random = mean_loss(model, config, windows) if t.eval_batches else None
     model.train(training)
     size = len(dataset.tokenizer.decode(tokens[1:]).encode("utf-8"))
     return {
         "val_loss": full,
-        "val_loss_random": statistics.fmean(random) if random else None,
+        "val_loss_random": random,
         "perplexity": math.exp(min(full, 700.0)),
         "bits_per_byte": full / math.log(2.0) * (len(tokens) - 1) / size,
     }

@@ -1,8 +1,16 @@
-"""One step of training: the schedule, AdamW, clipping, and a guard that names the first tensor that is not finite."""
+"""One step of training: micro batches, the schedule, AdamW, clipping, and a guard that waits for no result.
+
+A GPU is never asked for a number within a step. The optimizer takes the clip and the guard as tensors: it divides the
+gradients by one and leaves the weights alone where the other is 1. A step that is not finite holds all later ones back as
+well, so that whoever reads the losses, some steps on, finds the weights as that step found them (model/guard.py).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +19,44 @@ from model.config import Config
 from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
+from model.precision import make_scaler
+from model.reference import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward and backward: inputs, targets, and which part of the step's loss they are."""
+
+    x: Tensor
+    y: Tensor
+    share: float
+    first: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a step: loss and gradient norm before it, still on the device, and its learning rate."""
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    lr: float
+
+
+def split(x: Tensor, y: Tensor, micro: int) -> list[MicroBatch]:
+    """A step's sequences in micro batches; their shares make the sum of their losses the mean over all its targets.
+
+    Not the mean of their means: those count a target more where fewer of its micro batch are left to predict.
+    """
+    counts = [int((part != IGNORE_INDEX).sum()) for part in y.split(micro)]
+    if not sum(counts):
+        raise ValueError("a step must have a target to predict, got only ignored ones: look at the data")
+    parts = zip(x.split(micro), y.split(micro), counts, strict=True)
+    # The mean over no target is no number; any target does where its share is 0.
+    return [
+        MicroBatch(part, targets if n else torch.zeros_like(targets), n / sum(counts), i * micro)
+        for i, (part, targets, n) in enumerate(parts)
+    ]
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -33,42 +79,81 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=t.lr, betas=(t.beta1, t.beta2), fused=True)
 
 
-def train_step(
-    model: Model, optimizer: torch.optim.Optimizer, config: Config, step: int, x: Tensor, y: Tensor
-) -> tuple[float, float, float]:
-    """Optimizer step number `step`, from 0, on (x, y): loss and gradient norm before it, and the learning rate.
-
-    RuntimeError, with the weights as they were, when the loss or the gradient is not finite.
-    """
-    t = config.train
-    lr = learning_rate(step, config)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    # A function of the step, as the batches are: a resumed run draws the masks that it would have drawn.
-    seed = generator(t.seed, "dropout", step).initial_seed() if config.model.dropout else None
-    loss = loss_of(model, config, x, y, seed)
-    loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    loss_value, norm_value = float(loss.detach()), float(norm)
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise RuntimeError(
-            f"loss and gradient norm must be finite, got {loss_value} and {norm_value} at step {step + 1}; "
-            f"not finite first: {first_non_finite(model)}. Lower lr, lengthen warmup, or set dtype=fp32"
-        )
-    if t.clip and norm_value > t.clip:
-        # Below the limit nothing is multiplied: a pass over every gradient less.
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), t.clip, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm_value, lr
+def dropout_seed(config: Config, step: int, first: int) -> int | None:
+    """The seed of a micro batch's masks: a function of its place, so that a resumed run draws the same ones."""
+    if not config.model.dropout:
+        return None
+    return generator(config.train.seed, f"dropout{first}" if first else "dropout", step).initial_seed()
 
 
-def first_non_finite(model: Model) -> str:
-    """Which tensor went wrong first, in the order of the model: a weight, else a gradient."""
-    named = list(model.named_parameters())
-    tensors = [(name, p) for name, p in named] + [(f"the gradient of {name}", p.grad) for name, p in named]
-    for name, tensor in tensors:
-        if tensor is not None and (bad := int((~tensor.isfinite()).sum())):
-            return f"{name} ({bad} of {tensor.numel()} values)"
-    return "no weight or gradient, only the forward"
+@dataclass
+class Learner:
+    """A model and what a step changes beside its weights."""
+
+    config: Config
+    model: Model
+    optimizer: torch.optim.Optimizer = field(init=False)
+    forward: Callable[..., Any] = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    held_back: Tensor = field(init=False)  # 1.0 from the first step on that was not finite
+
+    def __post_init__(self) -> None:
+        t, device = self.config.train, self.model.lm_head.weight.device
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
+        self.scaler = make_scaler(t.dtype, device)
+        self.held_back = torch.zeros((), device=device)
+
+    def step(self, step: int, batches: Sequence[MicroBatch]) -> Outcome:
+        """Optimizer step number `step`, from 0."""
+        lr = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self.gradients(step, batches)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.update(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(step, loss, norm, lr)
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a gradient norm that is not finite is no failure: the scaler leaves the step out and scales less."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+
+    def pack(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the learner."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def restore(self, payload: dict[str, Any]) -> None:
+        """Go on from what pack kept."""
+        self.model.load_state_dict(payload["model"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.scaler.load_state_dict(payload.get("scaler", {}))
+
+    def gradients(self, step: int, batches: Sequence[MicroBatch]) -> Tensor:
+        """Add the gradient of the step's loss to the parameters; returns the loss."""
+        losses = []
+        for batch in batches:
+            seed = dropout_seed(self.config, step, batch.first)
+            loss = loss_of(self.forward, self.config, batch.x, batch.y, seed)
+            loss = loss if batch.share == 1.0 else loss * batch.share
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def update(self, loss: Tensor, norm: Tensor) -> None:
+        """Let the optimizer step, on the gradients clipped to the norm, unless something is not finite."""
+        clip, optimizer = self.config.train.clip, self.optimizer
+        # A gradient of fp16 that overflows is the scaler's business.
+        failed = ~loss.isfinite() if self.scaler.is_enabled() else ~(loss.isfinite() & norm.isfinite())
+        self.held_back = torch.maximum(self.held_back, failed.float())
+        overflow = (~norm.isfinite()).float()
+        # What torch's fused optimizers read, GradScaler's way to hand them the same two things.
+        optimizer.found_inf = torch.maximum(self.held_back, overflow)  # type: ignore[attr-defined]
+        optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
+        self.scaler.update()

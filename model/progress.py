@@ -11,7 +11,7 @@ from typing import IO
 BAR = 24
 REDRAW_SECONDS = 0.1  # a step of a small model takes less: drawing each would cost time and flicker
 # Left out first on a narrow terminal.
-DISPENSABLE = ("gnorm", "lr", "memory", "ms")
+DISPENSABLE = ("gnorm", "lr", "memory", "ms", "mfu")
 
 
 class Progress:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from gptkernels.backend import cpu_library
-from gptkernels.cost import training_step
 from model.config import Config
 from model.data import Dataset
 from model.fast import Model
+from model.throughput import flops_a_token, peak_flops
 
 
 def environment(model: Model, dataset: Dataset, device: torch.device, backends: Mapping[str, str]) -> dict[str, Any]:
@@ -66,29 +66,28 @@ def count_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_a_token(config: Config) -> int:
-    """Matrix products and norms of a token's forward and backward, by the library's convention (gptkernels/cost.py)."""
-    m, B = config.model, config.train.batch
-    step = training_step(m.n_layer, m.n_head, m.n_embd, m.vocab_size, B, m.context, dtype_bytes=4).both
-    return step.flops // (B * m.context)
-
-
-def activation_bytes(config: Config, backends: Mapping[str, str]) -> int:
-    """What the forward of a step keeps for its backward, estimated by counting the tensors of a layer.
+def activation_bytes(config: Config, micro: int, backends: Mapping[str, str]) -> int:
+    """What a forward of micro sequences keeps for its backward, estimated by counting the tensors of a layer.
 
     On our kernels a token keeps in each layer two residual sums, two norms, q, k, v, the attention's output and the MLP's
     pre-activation: 12 C, two statistics for each head and norm. Plain PyTorch keeps every step of every formula: about
     30 C, its row of the attention matrix in each head, and the logits. bf16 halves all but the residual sums.
     """
     m, t = config.model, config.train
-    C, half = m.n_embd, t.dtype == "bf16"
+    C, half = m.n_embd, t.dtype in ("bf16", "fp16")
     if set(backends.values()) - {"reference"}:
         layer = (7.0 if half else 12.0) * C + 2 * m.n_head + 4
         rest = (1.5 if half else 2.0) * C + 4
     else:
         matrices = 1 + (2.25 if m.dropout else 0.0)
         layer, rest = 30.0 * C + matrices * m.n_head * m.context, 3.0 * C + m.vocab_size
-    return int(4 * t.batch * m.context * (m.n_layer * layer + rest))
+    return int(4 * micro * m.context * (m.n_layer * layer + rest))
+
+
+def arithmetic(config: Config) -> str:
+    """The words of the arithmetic: dtype, and what else decides which instructions run."""
+    t = config.train
+    return t.dtype + ", tf32 products" * (t.tf32 and t.dtype == "fp32") + ", compiled" * t.compile
 
 
 def count(value: float) -> str:
@@ -135,24 +134,29 @@ def start_card(
     model: Model,
     device: torch.device,
     backends: Mapping[str, str],
+    micro: int,
     folder: Path,
 ) -> str:
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
     parameters, threads = count_parameters(model), torch.get_num_threads()
-    state, activations = parameters * 16, activation_bytes(config, backends)
-    tokens = f"{t.batch} x {m.context} = {t.batch * m.context:,} tokens"
+    state, activations = parameters * 16, activation_bytes(config, micro, backends)
+    tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
+    if (splits := config.sequences // micro) > 1:
+        tokens += f" in {splits} micro batches of {micro}"
+    peak = peak_flops(device, t.dtype, t.tf32)
+    roof = f", peak {peak / 1e12:.4g} TFLOP/s for MFU" if peak else ""
     processor = f"{device}, {device_name(device)}"
     rows = [
         ("model", f"{t.model}, {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context {m.context}"),
         ("parameters", f"{parameters:,}"),
-        ("step", f"{tokens}, {count(flops_a_token(config))} FLOPs a token, {t.dtype}"),
+        ("step", f"{tokens}, {count(flops_a_token(config))} FLOPs a token, {arithmetic(config)}"),
         (
             "memory",
             f"about {size(state + activations)}: weights, gradients, AdamW {size(state)}, kept activations "
             f"{size(activations)} (beside Python and torch)",
         ),
-        ("device", processor + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
+        ("device", processor + roof + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
         ("backends", describe_backends(backends)),
         ("data", f"{dataset.source}, {len(dataset.tokenizer)} characters, sha256 {dataset.sha256[:12]}"),
         ("split", f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate"),
@@ -162,8 +166,10 @@ def start_card(
     return "\n".join(f"{name:>12}  {text}" for name, text in rows)
 
 
-def step_figures(row: Mapping[str, Any], steps: int, ms: float | None, tokens: int, memory: int) -> dict[str, str]:
-    """The state after a step by names; ms is the recent time of a step, left out until there is one."""
+def step_figures(
+    row: Mapping[str, Any], steps: int, ms: float | None, tokens: int, memory: int, mfu: float | None
+) -> dict[str, str]:
+    """The state after a step by names; ms is the recent time of a step, left out until there is one, as mfu is."""
     step = row["step"]
     figures = {
         "step": f"step {step}/{steps} {100 * step // steps}%",
@@ -173,6 +179,8 @@ def step_figures(row: Mapping[str, Any], steps: int, ms: float | None, tokens: i
     }
     if ms is not None:
         figures |= {"ms": f"{ms:.1f} ms", "speed": f"{count(tokens / ms * 1e3)} tok/s"}
+    if mfu is not None:
+        figures["mfu"] = f"MFU {100 * mfu:.1f}%"
     figures["memory"] = size(memory)
     if ms is not None:
         figures["eta"] = f"eta {duration((steps - step) * ms / 1e3)}"
@@ -181,6 +189,7 @@ def step_figures(row: Mapping[str, Any], steps: int, ms: float | None, tokens: i
 
 def end_card(result: Mapping[str, Any], commands: Sequence[str]) -> str:
     """What came out, and what to do with it."""
+    mfu = "" if result["mfu"] is None else f", MFU {100 * result['mfu']:.1f}%"
     files = sorted(path.name for path in Path(result["run"]).iterdir() if not path.name.startswith("."))
     rows = [
         (
@@ -190,7 +199,7 @@ def end_card(result: Mapping[str, Any], commands: Sequence[str]) -> str:
         ),
         ("nanoGPT's way", f"{number(result['val_loss_random'])} (random windows)"),
         ("time", f"{duration(result['seconds'])}, of it training {duration(result['train_seconds'])}"),
-        ("speed", f"{result['ms']:.2f} ms a step (median), {count(result['tokens_per_s'])} tokens/s"),
+        ("speed", f"{result['ms']:.2f} ms a step (median), {count(result['tokens_per_s'])} tokens/s{mfu}"),
         ("peak memory", size(result["peak_memory_bytes"])),
         ("run folder", f"{result['run']} ({', '.join(files)})"),
     ]

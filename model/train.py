@@ -17,15 +17,18 @@ import torch
 
 from model import report
 from model.checkpoint import BEST, LAST, build_model, holds_run, load, pack, save_atomically
-from model.config import Config, build, flatten, parse_override, to_toml
+from model.config import Config, build, flatten, override, parse_override, to_toml
 from model.data import CharTokenizer, Dataset, load_dataset, random_batch
 from model.evaluate import evaluate, sample_text
 from model.fast import FastGPT, Model
 from model.files import write_text
+from model.guard import failure
 from model.interrupt import interruptible
-from model.optimize import make_optimizer, train_step
+from model.optimize import Learner, MicroBatch, Outcome, split
+from model.precision import DTYPES, choose_dtype, to_device
 from model.progress import Progress
 from model.run_files import Metrics, write_json, write_loss_svg
+from model.throughput import flops_a_token, peak_flops
 
 WARM_STEPS = 10  # left out of the times: caches, lazy initialisation, the allocator's first pages
 RECENT_STEPS = 50
@@ -40,68 +43,135 @@ class State:
 
     config: Config
     dataset: Dataset
-    model: Model
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     device: torch.device
     folder: Path
     step: int = 0
     best_step: int = 0
     best_val_loss: float = math.inf
     step_ms: list[float] = field(default_factory=list)
+    unread: list[Outcome] = field(default_factory=list)
+    unread_since: float = 0.0
     evaluation: dict[str, Any] = field(default_factory=dict)
     sample: str = ""
 
     @property
+    def model(self) -> Model:
+        """The model in training."""
+        return self.learner.model
+
+    @property
     def backends(self) -> dict[str, str]:
         """The backend of every operator, none for the reference model; raises where one cannot run."""
-        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else None
+        dtype = DTYPES[self.config.train.dtype]
         return self.model.backends(dtype) if isinstance(self.model, FastGPT) else {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.sequences * self.config.model.context
+
+    @property
+    def micro(self) -> int:
+        """Sequences of one forward."""
+        micro = self.config.train.micro_batch
+        return self.config.sequences if micro == "auto" else int(micro)
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether the step just made is one to evaluate after."""
+        t = self.config.train
+        return self.step % t.eval_every == 0 or self.step == t.steps
 
 
 def save(state: State, name: str) -> None:
     """Write a checkpoint of this moment."""
     progress = {"step": state.step, "best_step": state.best_step, "best_val_loss": state.best_val_loss}
-    payload = pack(state.config, state.dataset, state.model, state.optimizer, progress)
+    payload = pack(state.config, state.dataset, state.learner, progress)
     save_atomically(payload, state.folder / name)
 
 
-def timed_step(state: State) -> dict[str, Any]:
-    """One step and what metrics.csv says of it; its time is that of the batch, the step and the loss's arrival."""
-    t, context = state.config.train, state.config.model.context
-    start = time.perf_counter()
-    x, y = random_batch(state.dataset.train, t.batch, context, t.seed, state.step)
-    x, y = x.to(state.device), y.to(state.device)
-    loss, norm, lr = train_step(state.model, state.optimizer, state.config, state.step, x, y)
-    seconds = time.perf_counter() - start
+def step_batches(state: State, step: int) -> list[MicroBatch]:
+    """What step number `step`, from 0, learns from, on its way to the device."""
+    config = state.config
+    x, y = random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
+    return [
+        dataclasses.replace(part, x=to_device(part.x, state.device), y=to_device(part.y, state.device))
+        for part in split(x, y, state.micro)
+    ]
+
+
+def timed_step(state: State) -> dict[str, Any] | None:
+    """One step, and what metrics.csv says of it where it is read: every one on a CPU, on a GPU one in log_every.
+
+    In between the host does not wait for the GPU, it goes on preparing the next steps.
+    """
+    if not state.unread:
+        state.unread_since = time.perf_counter()
+    state.unread.append(state.learner.step(state.step, step_batches(state, state.step)))
     state.step += 1
-    state.step_ms.append(seconds * 1e3)
-    times = {"ms": seconds * 1e3, "tokens_per_s": t.batch * context / seconds}
-    return {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, **times}
+    due = reads_each_step(state) or state.step % state.config.train.log_every == 0 or state.evaluating
+    return read_steps(state) if due else None
+
+
+def reads_each_step(state: State) -> bool:
+    """Whether a loss costs nothing to look at: a CPU has computed it when the step returns."""
+    return state.device.type == "cpu"
+
+
+def read_steps(state: State) -> dict[str, Any]:
+    """Wait for the steps that were not read yet; the figures of the last one, with the mean time of them all.
+
+    RuntimeError, with the weights as they were before it, for a step whose loss or gradient was not finite.
+    """
+    numbers = torch.stack([torch.stack((one.loss, one.norm)) for one in state.unread]).tolist()
+    seconds = (time.perf_counter() - state.unread_since) / len(state.unread)
+    unread, state.unread = state.unread, []
+    for one, (loss, norm) in zip(unread, numbers, strict=True):
+        overflow = math.isfinite(loss) and state.learner.may_overflow
+        if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
+            state.step = one.step
+            raise failure(state.learner, one.step, step_batches(state, one.step), loss, norm)
+    state.step_ms += [seconds * 1e3] * len(unread)
+    times = {"ms": seconds * 1e3, "tokens_per_s": state.tokens / seconds}
+    return {"step": state.step, "loss": loss, "lr": unread[-1].lr, "grad_norm": norm, **times}
 
 
 def run_loop(state: State, progress: Progress) -> None:
     """Train from the state's step to the last one, or to a Ctrl-C."""
     t = state.config.train
-    tokens = t.batch * state.config.model.context
     state.model.train()
     with closing(Metrics(state.folder / "metrics.csv", state.step)) as metrics, interruptible() as interrupt:
         while state.step < t.steps and not interrupt.requested:
-            row = timed_step(state)
-            evaluating = state.step % t.eval_every == 0 or state.step == t.steps
-            memory = report.peak_memory_bytes(state.device)
-            figures = report.step_figures(row, t.steps, recent_ms(state.step_ms), tokens, memory)
-            progress.update(figures, state.step / t.steps, evaluating or state.step % max(t.steps // LINES, 1) == 0)
-            if evaluating:
-                state.evaluation = evaluate(state.model, state.dataset, state.config, state.step)
-                row |= {k: state.evaluation[k] for k in ("val_loss", "val_loss_random")}
-            if evaluating or state.step % t.log_every == 0:
-                # Before the checkpoint: a resumed run drops later rows, but could not bring back a missing one.
-                metrics.write(row)
-            if evaluating:
-                keep_evaluation(state, progress)
+            if (row := timed_step(state)) is not None:
+                take_note(state, row, progress, metrics)
+        if state.unread:
+            take_note(state, read_steps(state), progress, metrics)
         if state.step < t.steps:
             save(state, LAST)
             write_loss_svg(state.folder)
+
+
+def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Metrics) -> None:
+    """Show and write down a step that was read, and evaluate after it where it is due."""
+    t, evaluating = state.config.train, state.evaluating
+    ms, memory = recent_ms(state.step_ms), report.peak_memory_bytes(state.device)
+    figures = report.step_figures(row, t.steps, ms, state.tokens, memory, mfu(state, ms))
+    progress.update(figures, state.step / t.steps, evaluating or state.step % max(t.steps // LINES, 1) == 0)
+    if evaluating:
+        state.evaluation = evaluate(state.model, state.dataset, state.config, state.step)
+        row |= {k: state.evaluation[k] for k in ("val_loss", "val_loss_random")}
+    if evaluating or state.step % t.log_every == 0:
+        # Before the checkpoint: a resumed run drops later rows, but could not bring back a missing one.
+        metrics.write(row)
+    if evaluating:
+        keep_evaluation(state, progress)
+
+
+def mfu(state: State, ms: float | None) -> float | None:
+    """The share of the device's peak that steps of so many milliseconds use; None where one of them is not known."""
+    peak = peak_flops(state.device, state.config.train.dtype, state.config.train.tf32)
+    return state.tokens * flops_a_token(state.config) / ms * 1e3 / peak if ms and peak else None
 
 
 def keep_evaluation(state: State, progress: Progress) -> None:
@@ -143,7 +213,8 @@ def result_of(state: State, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "train_seconds": sum(state.step_ms) / 1e3,
         "ms": ms,
-        "tokens_per_s": t.batch * state.config.model.context / ms * 1e3 if ms else None,
+        "tokens_per_s": state.tokens / ms * 1e3 if ms else None,
+        "mfu": mfu(state, ms),
         "parameters": report.count_parameters(state.model),
         "peak_memory_bytes": report.peak_memory_bytes(state.device),
         "backends": state.backends,
@@ -175,14 +246,16 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     wanted, needed = config.model.vocab_size, len(dataset.tokenizer)
     if wanted and wanted < needed:
         raise ValueError(f"vocab_size must be at least the data's {needed} characters, got {wanted}: leave it 0")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted or needed))
+    model_config = dataclasses.replace(config.model, vocab_size=wanted or needed)
+    # Resolved once: a run that goes on elsewhere computes as it began.
+    train_config = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
+    config = Config(model_config, train_config)
+    torch.backends.cuda.matmul.allow_tf32 = t.tf32
     torch.manual_seed(t.seed)
-    model = build_model(config).to(device)
-    state = State(config, dataset, model, make_optimizer(model, config), device, folder)
+    state = State(config, dataset, Learner(config, build_model(config).to(device)), device, folder)
     _ = state.backends  # a backend that cannot run here raises now, not in the first step
     if earlier:
-        model.load_state_dict(earlier["model"])
-        state.optimizer.load_state_dict(earlier["optimizer"])
+        state.learner.restore(earlier)
         torch.set_rng_state(earlier["random_state"])
         state.step, state.best_step, state.best_val_loss = (earlier[k] for k in ("step", "best_step", "best_val_loss"))
     return state
@@ -228,7 +301,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
     for name, value in map(parse_override, overrides):
         if name.startswith(FIXED) and value != settings[name]:
             raise ValueError(f"{name} must stay {settings[name]!r} in a resumed run, got {value!r}: train a new one")
-        settings[name] = value
+        override(settings, name, value)
     config = build(settings)
     if payload["step"] >= config.train.steps:
         raise ValueError(f"{folder} has done its {payload['step']} steps: give steps= a larger number to go on")
@@ -241,7 +314,9 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
     progress = Progress(quiet)
     write_text(folder / "config.toml", to_toml(config))
     write_json(folder / "env.json", report.environment(state.model, state.dataset, state.device, state.backends))
-    progress.note(report.start_card(config, state.dataset, state.model, state.device, state.backends, folder))
+    progress.note(
+        report.start_card(config, state.dataset, state.model, state.device, state.backends, state.micro, folder)
+    )
     command = f"gptkernels train --resume {shlex.quote(str(folder))}"
     if state.step:
         progress.note(f"going on after step {state.step}")

@@ -83,7 +83,7 @@ def test_data(call, run):
     "words,status,message",
     [
         ("nonsense", 2, "invalid choice: 'nonsense'"),
-        ("train", 2, "train needs a preset (shakespeare-cpu, tiny)"),
+        ("train", 2, "shakespeare, shakespeare-cpu, tiny), settings, or --resume RUN"),
         ("train nope", 2, "no preset 'nope'"),
         ("train tiny shakespeare-cpu", 2, "train takes one preset"),
         ("train tiny stesp=3", 2, "the nearest is 'steps'"),

@@ -1,0 +1,215 @@
+"""A step of training: the same gradient however it is split, the clip and the guard as tensors, precision, compiling."""
+
+import math
+
+import pytest
+import torch
+
+from model import precision
+from model import train as training
+from model.config import resolve
+from model.data import random_batch
+from model.evaluate import loss_of
+from model.optimize import Learner, split
+from model.precision import DTYPES, autocast, choose_dtype
+from model.reference import GPT
+from model.run_files import read_metrics
+from model.train import train
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(TEXT[i % 7 :] for i in range(60)))
+    small = ["n_embd=16", "batch=8", "steps=12", "warmup=0", "eval_every=12", "eval_batches=1", "sample_tokens=0"]
+    return [f"data={path}", f"out={tmp_path}", "threads=1", *small]
+
+
+def chosen(settings, *more):
+    return resolve("tiny", [*settings, *more])[0]
+
+
+def some_batch(vocabulary, ignored):
+    """Eight sequences; the second half has lost most of its targets, the last two all of them."""
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randint(vocabulary, (8, 16), generator=rng)
+    y = torch.randint(vocabulary, (8, 16), generator=rng)
+    if ignored:
+        y[4:, 3:] = -100
+        y[6:] = -100
+    return x, y
+
+
+def gradients(learner, x, y, micro):
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss = learner.gradients(0, split(x, y, micro))
+    return {"loss": loss} | {name: p.grad for name, p in learner.model.named_parameters()}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("kind", ["fast", "reference"])
+def test_the_gradient_is_the_same_however_the_step_is_split(kind, ignored):
+    """Against the whole batch in float64, with the error that the whole batch in float32 makes as the measure."""
+    config = resolve("tiny", [f"model={kind}", "vocab_size=11"])[0]
+    torch.manual_seed(0)
+    learner = Learner(config, training.build_model(config))
+    x, y = some_batch(11, ignored)
+    oracle = GPT(config.model).double()
+    oracle.load_state_dict(learner.model.state_dict())
+    loss = oracle(x, y)[1]
+    loss.backward()
+    exact = {"loss": loss} | {name: p.grad for name, p in oracle.named_parameters()}
+    plain = GPT(config.model)
+    plain.load_state_dict(learner.model.state_dict())
+    plain(x, y)[1].backward()
+    for micro in (8, 4, 2, 1):
+        found = gradients(learner, x, y, micro)
+        for name, p in plain.named_parameters():
+            budget = 3 * (p.grad - exact[name]).abs().max() + 1.2e-7 * exact[name].abs().max()
+            # A sum in micro batches rounds once more for each of them.
+            budget += (8 // micro - 1) * 6e-8 * exact[name].abs().max()
+            assert (found[name] - exact[name]).abs().max() <= budget, (micro, name)
+        assert abs(found["loss"] - exact["loss"]) <= 1e-6 * exact["loss"]
+
+
+def test_the_mean_of_means_is_another_gradient():
+    """What the test above would not be able to see without ignored targets."""
+    config = resolve("tiny", ["vocab_size=11"])[0]
+    model = training.build_model(config)
+    x, y = some_batch(11, ignored=True)
+    whole = loss_of(model, config, x, y)
+    halves = [loss_of(model, config, x[part], y[part]) for part in (slice(0, 4), slice(4, 6))]
+    assert abs(sum(halves) / 2 - whole) > 1e-3
+    shares = [part.share for part in split(x, y, 4)]
+    assert shares == [64 / 70, 6 / 70] and split(x, y, 2)[3].share == 0.0
+    with pytest.raises(ValueError, match="a step must have a target to predict"):
+        split(x, torch.full_like(y, -100), 2)
+
+
+def test_each_micro_batch_has_its_own_dropout(settings):
+    state = training.prepare(chosen(settings, "dropout=0.5", "micro_batch=4"), None)
+    x, y = some_batch(len(state.dataset.tokenizer), False)
+    x[4:], y[4:] = x[:4], y[:4]
+    state.model.train()
+    first, second = (gradients(state.learner, part, target, 4)["loss"] for part, target in ((x[:4], y[:4]), (x, y)))
+    assert abs(first - second) > 1e-4  # the second half repeats the sequences, not their masks
+
+
+def test_a_run_in_micro_batches_is_the_same_run(settings):
+    whole, parts = (train(chosen(settings, more), quiet=True) for more in ("micro_batch=8", "micro_batch=2"))
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+
+
+def test_batch_tokens_and_batch_are_two_names_of_one_size(settings, capsys):
+    config = chosen(settings, "batch_tokens=64")
+    assert config.sequences == 4 and chosen(settings, "batch_tokens=64", "batch=6").sequences == 6
+    train(chosen(settings, "batch_tokens=64", "micro_batch=2"))
+    assert "4 x 16 = 64 tokens in 2 micro batches of 2" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="batch_tokens must be a multiple of context, got 70 and 16: 64 is the nearest"
+    ):
+        chosen(settings, "batch_tokens=70")
+    with pytest.raises(ValueError, match="must divide the step's 8 sequences, got 3: 1, 2, 4 and 8 do"):
+        chosen(settings, "micro_batch=3")
+    with pytest.raises(ValueError, match="micro_batch must be auto or a number of sequences, got 'some'"):
+        chosen(settings, "micro_batch=some")
+
+
+def test_half_precision_of_each_kind_trains(settings):
+    """The losses follow fp32's within what the format rounds off, the weights stay fp32, fp16 has its scaler."""
+    losses = {d: train(chosen(settings, f"dtype={d}"), quiet=True)["val_loss"] for d in DTYPES}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert losses["fp32"] != losses[name] == pytest.approx(losses["fp32"], rel=4 * torch.finfo(dtype).eps)
+    state = training.prepare(chosen(settings, "dtype=fp16"), None)
+    training.timed_step(state)
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+    assert state.learner.scaler.get_scale() == 2.0**16
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_scales_less(settings):
+    state = training.prepare(chosen(settings, "dtype=fp16"), None)
+    state.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: p.clone() for name, p in state.model.state_dict().items()}
+    row = training.timed_step(state)
+    assert not math.isfinite(row["grad_norm"]) and state.learner.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(before[name], p) for name, p in state.model.state_dict().items())
+    for _ in range(30):
+        row = training.timed_step(state)
+    assert math.isfinite(row["grad_norm"]) and not torch.equal(before["lm_head.weight"], state.model.lm_head.weight)
+
+
+def test_a_step_that_fails_holds_all_later_ones_back(settings, monkeypatch):
+    """As on a GPU, where losses are read some steps later: the failed step is named, its weights are still there."""
+    config = chosen(settings, "log_every=6")
+    state = training.prepare(config, None)
+    monkeypatch.setattr(training, "reads_each_step", lambda state: False)
+    for _ in range(2):
+        assert training.timed_step(state) is None
+    before = {name: p.clone() for name, p in state.model.state_dict().items()}
+    weight, calls = state.model.transformer.h[1].ln_2.weight, []
+    x, _ = random_batch(state.dataset.train, 8, 16, config.train.seed, 2)
+
+    def spoil(gradient):
+        calls.append(0)
+        return gradient * (math.nan if len(calls) in (1, 5) else 1.0)  # step 3, and when it is made again
+
+    handle = weight.register_hook(spoil)
+    for _ in range(3):
+        assert training.timed_step(state) is None
+    with pytest.raises(
+        RuntimeError, match=r"at step 3; not finite first: the gradient of transformer\.h\.1\.ln_2\.weight"
+    ):
+        training.timed_step(state)
+    handle.remove()
+    assert state.step == 2 and all(torch.equal(before[name], p) for name, p in state.model.state_dict().items())
+    assert torch.equal(x, training.step_batches(state, 2)[0].x)
+
+
+def test_steps_are_read_where_they_are_logged(settings, tmp_path, monkeypatch):
+    """The same run, bit for bit, whether each loss is waited for or only those that are written down."""
+    train(chosen(settings, "log_every=5", "name=each"), quiet=True)
+    monkeypatch.setattr(training, "reads_each_step", lambda state: False)
+    train(chosen(settings, "log_every=5", "name=some"), quiet=True)
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("each", "some")]
+    assert [row["step"] for row in rows[0]] == ["5", "10", "12"]
+    for each, some in zip(*rows, strict=True):
+        assert all(each[key] == some[key] for key in ("loss", "grad_norm", "lr", "val_loss"))
+
+
+def test_auto_is_what_the_hardware_has(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_dtype("auto", cuda) == "bf16" and choose_dtype("fp32", cuda) == "fp32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_dtype("auto", cuda) == "fp16" and choose_dtype("auto", cpu) == "fp32"
+    with autocast("bf16", cpu):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert precision.to_device(torch.ones(1), cpu).device.type == "cpu"
+
+
+def test_the_run_keeps_the_dtype_that_auto_meant(settings, tmp_path):
+    train(chosen(settings, "name=a"), quiet=True)
+    assert resolve(str(tmp_path / "a" / "config.toml"))[0].train.dtype == "fp32"
+
+
+def test_tf32_is_what_torch_is_told(settings):
+    training.prepare(chosen(settings, "tf32=on"), None)
+    assert torch.backends.cuda.matmul.allow_tf32
+    training.prepare(chosen(settings), None)
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+# torch's own: Dynamo instantiates an autograd.Function while it traces one, and inductor imports torch.jit.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_step_is_the_same_step(settings):
+    """Without a graph break: the whole forward is one graph, and the losses stay."""
+    more = ["micro_batch=4", "steps=3", "eval_every=3"]
+    eager, compiled = (train(chosen(settings, *more, f"compile={word}"), quiet=True) for word in ("off", "on"))
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-6)
