@@ -28,8 +28,8 @@ from model.config import Config, ModelConfig, TrainConfig, resolve
 from model.equivalence_rule import Row, compare
 from model.equivalence_subject import CHARACTERS, JITTER
 from model.fast import FastGPT
+from model.optimize import make_optimizer
 from model.reference import GPT
-from model.train import make_optimizer
 
 ROWS = ("forward", "backward", "step")
 # Beside the presets: nanoGPT's character model with few and with all of its 64 sequences, GPT-2's width and vocabulary
