@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gptkernels
-from model import fast
 from model.equivalence_levels import factor_of, run_forward
 from model.equivalence_rule import GRADIENT_FACTOR, Row, compare, pooled
 from model.equivalence_sites import ARGUMENTS, Operator, Site, as_it_is, block_sites, tapped
 from model.equivalence_subject import Batch, Models
 from model.fast import FastGPT
-from model.reference import Block, dropout_seed
+from model.reference import Seed, dropout_seed
 
 GRADIENT = "grad of "
 Tensors = dict[str, Tensor]
@@ -126,18 +125,14 @@ def compare_operators(
     return probe.pooled()
 
 
-def fast_block(model: FastGPT, layer: int, x: Tensor, seed: int | None) -> Tensor:
+def fast_block(model: FastGPT, layer: int, x: Tensor, seed: Seed | None) -> Tensor:
     """A block as the fast model computes it, but for the last residual addition, which its next norm makes."""
-    block, backend = cast(Block, model.transformer.h[layer]), model.backend
-    layer_norm = vars(fast)["layer_norm"]  # what model/fast.py finds under this name, which may be tapped
-    h = layer_norm(x, block.ln_1.weight, block.ln_1.bias, backend=backend)
-    branch = model.drop(model.attend(block.attn, h, layer, seed), seed, 2 * layer + 1)
-    h, x = layer_norm(branch, block.ln_2.weight, block.ln_2.bias, residual=x, backend=backend)
-    return x + model.drop(model.think(block.mlp, h), seed, 2 * layer + 2)
+    x, branch = model.block(layer, x, None, seed)
+    return x + branch
 
 
 def block_result(
-    models: Models, which: str, layer: int, x: Tensor, seed: int | None, dtype: torch.dtype
+    models: Models, which: str, layer: int, x: Tensor, seed: Seed | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Output and input gradient of one block in one of the three models."""
     leaf = (x.double() if which == "oracle" else x.float()).detach().requires_grad_()

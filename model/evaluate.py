@@ -14,12 +14,13 @@ from model.data import Dataset, all_windows, random_batch
 from model.fast import Model
 from model.generate import generate
 from model.precision import autocast, to_device
+from model.reference import Seed
 
 # Tokens in a forward without gradients: enough to be fast, few enough for a large vocabulary.
 EVAL_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
-def loss_of(model: Callable[..., Any], config: Config, x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
+def loss_of(model: Callable[..., Any], config: Config, x: Tensor, y: Tensor, seed: Seed | None = None) -> Tensor:
     """The loss of a batch in the run's arithmetic."""
     with autocast(config.train.dtype, x.device):
         return model(x, y, seed=seed)[1]

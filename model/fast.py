@@ -22,6 +22,7 @@ from model.reference import (
     MLP,
     Attention,
     Block,
+    Seed,
     attention_seed,
     check_input,
     dropout,
@@ -95,7 +96,7 @@ class FastGPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
-        seed: int | None = None,
+        seed: Seed | None = None,
         return_logits: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss): the logits (B, T, V) without targets, the loss with them, and both when return_logits.
@@ -112,20 +113,27 @@ class FastGPT(nn.Module):
         loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), backend=self.backend)
         return logits, loss
 
-    def hidden(self, rows: Tensor, seed: int | None) -> Tensor:
-        """(B, T, C): what the head reads, from the tokens' embeddings. x is the residual stream, h its normalised value."""
-        blocks = cast("list[Block]", list(self.transformer.h))
-        # The norm after each MLP is the next block's first one, or the last of all.
-        next_norms = [block.ln_1 for block in blocks[1:]] + [self.transformer.ln_f]
-        first, backend = blocks[0].ln_1, self.backend
-        x = self.drop(self.add_positions(rows), seed, 0)
-        h = layer_norm(x, first.weight, first.bias, backend=backend)
-        for layer, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            branch = self.drop(self.attend(block.attn, h, layer, seed), seed, 2 * layer + 1)
-            h, x = layer_norm(branch, block.ln_2.weight, block.ln_2.bias, residual=x, backend=backend)
-            branch = self.drop(self.think(block.mlp, h), seed, 2 * layer + 2)
-            h, x = layer_norm(branch, next_norm.weight, next_norm.bias, residual=x, backend=backend)
-        return h
+    def hidden(self, rows: Tensor, seed: Seed | None) -> Tensor:
+        """(B, T, C): what the head reads, from the tokens' embeddings."""
+        x, branch = self.block(0, self.drop(self.add_positions(rows), seed, 0), None, seed)
+        for layer in range(1, self.config.n_layer):
+            x, branch = self.block(layer, x, branch, seed)
+        last = self.transformer.ln_f
+        return layer_norm(branch, last.weight, last.bias, residual=x, backend=self.backend)[0]
+
+    def block(self, layer: int, x: Tensor, branch: Tensor | None, seed: Seed | None) -> tuple[Tensor, Tensor]:
+        """Block number `layer`: the residual stream x and the branch to be added to it, from those of the block before.
+
+        It uses the parameters of its own block alone. h is the normalised value of the stream.
+        """
+        block, backend = cast("Block", self.transformer.h[layer]), self.backend
+        if branch is None:
+            h = layer_norm(x, block.ln_1.weight, block.ln_1.bias, backend=backend)
+        else:
+            h, x = layer_norm(branch, block.ln_1.weight, block.ln_1.bias, residual=x, backend=backend)
+        branch = self.drop(self.attend(block.attn, h, layer, seed), seed, 2 * layer + 1)
+        h, x = layer_norm(branch, block.ln_2.weight, block.ln_2.bias, residual=x, backend=backend)
+        return x, self.drop(self.think(block.mlp, h), seed, 2 * layer + 2)
 
     def look_up(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens' rows (B, T, C) of the embedding table, and the table that the head multiplies by."""
@@ -144,11 +152,11 @@ class FastGPT(nn.Module):
             return x + (table if table.shape[0] == T else table[:T])
         return x + self.positions[:T] if self.config.pos == "sinusoidal" else x
 
-    def drop(self, x: Tensor, seed: int | None, stream: int) -> Tensor:
+    def drop(self, x: Tensor, seed: Seed | None, stream: int) -> Tensor:
         """The reference's residual dropout, or x itself where nothing is dropped."""
         return x if seed is None else dropout(x, self.config.dropout, seed, stream)
 
-    def attend(self, attn: Attention, h: Tensor, layer: int, seed: int | None) -> Tensor:
+    def attend(self, attn: Attention, h: Tensor, layer: int, seed: Seed | None) -> Tensor:
         """(B, T, C): the attention branch of a block."""
         B, T, C = h.shape
         H, p, backend = self.config.n_head, self.config.dropout, self.backend

@@ -20,7 +20,7 @@ from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
 from model.precision import make_scaler
-from model.reference import IGNORE_INDEX
+from model.reference import IGNORE_INDEX, Seed
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=t.lr, betas=(t.beta1, t.beta2), fused=True)
 
 
-def dropout_seed(config: Config, step: int, first: int) -> int | None:
+def dropout_seed(config: Config, step: int, first: int, device: torch.device) -> Seed | None:
     """The seed of a micro batch's masks: a function of its place, so that a resumed run draws the same ones."""
     if not config.model.dropout:
         return None
-    return generator(config.train.seed, f"dropout{first}" if first else "dropout", step).initial_seed()
+    seed = generator(config.train.seed, f"dropout{first}" if first else "dropout", step).initial_seed()
+    # A number that changes would be compiled for anew.
+    return torch.full((), seed, dtype=torch.int64, device=device) if config.train.compile else seed
 
 
 @dataclass
@@ -137,7 +139,7 @@ class Learner:
         """Add the gradient of the step's loss to the parameters; returns the loss."""
         losses = []
         for batch in batches:
-            seed = dropout_seed(self.config, step, batch.first)
+            seed = dropout_seed(self.config, step, batch.first, batch.x.device)
             loss = loss_of(self.forward, self.config, batch.x, batch.y, seed)
             loss = loss if batch.share == 1.0 else loss * batch.share
             self.scaler.scale(loss).backward()

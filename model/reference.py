@@ -23,6 +23,8 @@ from model.config import ModelConfig
 WORD = 0xFFFF_FFFF
 SEED_MASK = 0x7FFF_FFFF_FFFF_FFFF
 IGNORE_INDEX = -100
+# The key of dropout's masks: a number, or a 0-d int64 tensor, which a compiled graph takes as one more input.
+Seed = int | Tensor
 
 
 class Embedding(nn.Module):
@@ -73,7 +75,7 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, residual_std)
 
-    def forward(self, x: Tensor, seed: int | None) -> Tensor:
+    def forward(self, x: Tensor, seed: Seed | None) -> Tensor:
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -119,7 +121,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config, residual_std)
 
-    def forward(self, x: Tensor, seed: int | None) -> Tensor:
+    def forward(self, x: Tensor, seed: Seed | None) -> Tensor:
         attended = self.attn(self.ln_1(x), None if seed is None else attention_seed(seed, self.layer))
         x = x + (attended if seed is None else dropout(attended, self.p, seed, 2 * self.layer + 1))
         thought = self.mlp(self.ln_2(x))
@@ -152,7 +154,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, seed: int | None = None
+        self, idx: Tensor, targets: Tensor | None = None, *, seed: Seed | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) of the next token at each position, and the mean cross-entropy when targets are given.
 
@@ -201,7 +203,7 @@ def check_input(idx: Tensor, context: int) -> None:
         raise ValueError(f"idx must be (B, T) with 1 <= T <= context = {context}, got {tuple(idx.shape)}: crop it")
 
 
-def dropout_seed(p: float, training: bool, seed: int | None) -> int | None:
+def dropout_seed(p: float, training: bool, seed: Seed | None) -> Seed | None:
     """The seed to drop by, or None where nothing is dropped."""
     if p == 0.0 or not training:
         return None
@@ -210,7 +212,7 @@ def dropout_seed(p: float, training: bool, seed: int | None) -> int | None:
     return seed & SEED_MASK
 
 
-def dropout(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Seed, stream: int) -> Tensor:
     """x with elements dropped at rate p and the rest scaled by 1/(1-p).
 
     The element at flat index i looks at word i % 4 of counter (i // 4 low, i // 4 high, stream, 0).
@@ -222,12 +224,12 @@ def dropout(x: Tensor, p: float, seed: int, stream: int) -> Tensor:
     return x * keep * (1.0 / (1.0 - p))
 
 
-def attention_seed(seed: int, layer: int) -> int:
+def attention_seed(seed: Seed, layer: int) -> Seed:
     """The key of one layer's attention dropout: steps of 2^64 / golden ratio, so that no two layers share a mask."""
-    return (seed + 0x9E3779B97F4A7C15 * (layer + 1)) & SEED_MASK
+    return (seed + (0x9E3779B97F4A7C15 * (layer + 1) & SEED_MASK)) & SEED_MASK
 
 
-def attention_keep(seed: int, p: float, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+def attention_keep(seed: Seed, p: float, shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """(B, H, T, T) bool, True where kept: element (b, h, row, col) looks at word col % 4 of counter (col // 4, row, h, b)."""
     B, H, T = shape
     quads, rows, heads, batches = (torch.arange(n, device=device) for n in ((T + 3) // 4, T, H, B))
@@ -240,7 +242,7 @@ def keep_rule(words: Tensor, p: float) -> Tensor:
     return words >= math.floor(p * 2**32)
 
 
-def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox(seed: Seed, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four random 32-bit words for each 128-bit counter: Philox4x32-10 (Salmon et al. 2011), words held in int64.
 
     The int64 product of two 32-bit words wraps, but its 64 bits are right: the high word is a shift and a mask away.
