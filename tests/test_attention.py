@@ -179,6 +179,29 @@ def test_dropout_mask_is_the_references(backend, dtype, B, H, T, S, seed):
     torch.testing.assert_close(out, weights.to(dtype))
 
 
+@cases("T, S", [(9, 9), (33, 95), (120, 40)], [(128, 128), (90, 166)])
+def test_outputs_and_all_gradients_have_one_mask(backend, dtype, T, S):
+    """The reference's mask, also out of dq, dk and dv: each is computed by a kernel that draws it anew.
+
+    q and k lie in different dimensions, so all scores are 0 and the weights of row i are P_i = 1 / (keys that it sees).
+    With v = [0 | 1] and dout = [1 | ones] (1: an identity) out holds the dropped weights, dv their transpose, and dq and dk
+    hold ds = P (mask / (1 - p) - delta), delta the sum of a row's dropped weights.
+    """
+    p, H, D = 0.25, 2, T + S
+    rows, keys = torch.eye(D, dtype=dtype)[:T], torch.eye(D, dtype=dtype)[T:]
+    q, k, v = (x.expand(1, H, *x.shape).clone().requires_grad_() for x in (rows, keys, keys))
+    out = causal_attention(q, k, v, scale=1.0, dropout_p=p, seed=5, backend=backend)
+    dout = (rows + (torch.arange(D) >= T)).expand_as(out)
+    dq, dk, dv = (x.double() for x in torch.autograd.grad(out, (q, k, v), dout))
+    keep = reference.dropout_keep(torch.tensor(5), p, (1, H, T, S)) & causal_mask(T, S)
+    weights = causal_mask(T, S) / causal_mask(T, S).sum(-1, keepdim=True).clamp(min=1)
+    delta = (keep * weights).sum(-1, keepdim=True) / (1 - p)
+    for name, ds in (("dq", dq[..., T:]), ("dk", dk[..., :T].mT)):
+        assert torch.equal(ds / weights + delta > 0.5, keep), name
+    assert torch.equal(out[..., T:] != 0, keep)
+    assert torch.equal(dv[..., :T].mT != 0, keep)
+
+
 def causal_mask(T, S):
     return torch.ones(T, S, dtype=torch.bool).tril(S - T)
 
