@@ -172,8 +172,19 @@ def laid_out(x, layout):
     return y.requires_grad_(x.requires_grad)
 
 
+def check_near(found, wanted):
+    """The same results but for the order of sums."""
+    for name, x in wanted.items():
+        difference, allowed = largest(found[name].double() - x.double()), 4 * torch.finfo(x.dtype).eps * largest(x)
+        assert difference <= allowed, f"{name} differs by up to {difference:.4g}, allowed {allowed:.4g}"
+
+
 def check_layouts(call, inputs, layout, names):
-    """The named inputs and the output gradients in a layout give the bits that contiguous copies of them give."""
+    """The named inputs and the output gradients in a layout give the bits that contiguous copies of them give.
+
+    But where Triton compiles: there which thread holds a number, and with it the order of sums, follows from how wide
+    loads are, and that from strides and addresses.
+    """
     given = {name: laid_out(x, layout) if name in names else x for name, x in inputs.items()}
     found, douts = results(call, given, layout=layout)
     copies = {
@@ -183,7 +194,7 @@ def check_layouts(call, inputs, layout, names):
         for name, x in given.items()
     }
     wanted, _ = results(call, copies, [dout.clone(memory_format=torch.contiguous_format) for dout in douts])
-    check_equal(found, wanted)
+    (check_near if GPU and call.keywords["backend"] == "triton" else check_equal)(found, wanted)
     for name in names:
         assert f"gradient of {name}" in found
 

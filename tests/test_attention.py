@@ -13,6 +13,7 @@ from oracle import (
     LAYOUT_DTYPES,
     LAYOUTS,
     SIMT,
+    SLOW_BACKENDS,
     check_against_oracle,
     check_equal,
     check_layouts,
@@ -98,11 +99,13 @@ def test_dropout_matches_the_oracle(backend, dtype, T, S, p, seed):
 def test_large_scores(backend, dtype, case):
     """Scores beyond what exp takes (float16 ends at 65504); and equal ones, where the maximum is everywhere.
 
-    In one draw alone every row may have but one weight, and a gradient of nothing but rounding errors.
+    In one draw alone every row may have but one weight, and a gradient of nothing but rounding errors; in a few the
+    rounding of two equally large scores, which decides over it, may favour one of the two that are compared.
     """
     factor = {"large": 40.0, "huge": 1e4 if dtype != torch.float16 else 1e3, "equal": 0.0}[case]
+    draws = 3 if backend in SLOW_BACKENDS else 12
     check_against_oracle(
-        causal_attention, lambda seed: attention_inputs(1, 2, 67, 67, 16, dtype, seed, factor), backend, draws=3
+        causal_attention, lambda seed: attention_inputs(1, 2, 67, 67, 16, dtype, seed, factor), backend, draws=draws
     )
 
 

@@ -107,7 +107,10 @@ def test_ignored_rows_do_not_matter(backend):
     )
     torch.testing.assert_close(found["output 0"], alone["output 0"])
     torch.testing.assert_close(found["gradient of weight"], alone["gradient of weight"])
-    assert torch.equal(found["gradient of x"][used], alone["gradient of x"])
+    if found["output 0"].is_cuda:  # cuBLAS takes another kernel for another number of rows
+        torch.testing.assert_close(found["gradient of x"][used], alone["gradient of x"])
+    else:
+        assert torch.equal(found["gradient of x"][used], alone["gradient of x"])
 
 
 @dtypes

@@ -98,7 +98,8 @@ DEVICE void store_dx(const Backward<T, W>& p, int64_t i, const Packet<N>& packet
 template <int K, bool KEEP, int N, class Packets, class T, class W>
 DEVICE void backward_row(const Backward<T, W>& p, int64_t n, Packets row, Shared<float> scratch,
                          Vector<float, N> (&dweight)[K], Vector<float, N> (&dbias)[K]) {
-    float mean = p.mean[n], rstd = p.rstd[n], sum = 0, product = 0;
+    // A row of one number is its own mean, and has no gradient: not even the rounding errors of dx's terms.
+    float mean = p.mean[n], rstd = p.C > 1 ? (float)p.rstd[n] : 0.0f, sum = 0, product = 0;
     Vector<Raw<T>, N> dy[K], x[K], dtotal[K];
     Packet<N> packets[K];
     if constexpr (KEEP) {  // all loads are under way before the first is used

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK : MOST_THREADS, 1)
         UNROLL
         for (int j = 0; j < N; ++j) sum += x[k][j];
     }
-    float mean = row_sum<ROW_THREADS>(sum, first_sums) * p.inverse_C;
+    // Divided: a product would be contracted with the subtraction below, and a constant row be off its own mean.
+    float mean = row_sum<ROW_THREADS>(sum, first_sums) / (float)p.C;
     UNROLL
     for (int k = 0; k < K; ++k) {
         if (!row.exists(k)) continue;

@@ -96,9 +96,15 @@ def scaled(tile, factor):
 
 @triton.jit
 def inner_product(sums, x, y, PRECISION: tl.constexpr):
-    """sums + x y^T of two tiles, over all columns."""
+    """sums + x y^T of two tiles, over all columns.
+
+    float32's FMAs add one product after another: a sum of each part keeps those chains, and their error, short.
+    """
     for i in tl.static_range(len(x)):
-        sums = tl.dot(x[i], tl.trans(y[i]), sums, input_precision=PRECISION)
+        if PRECISION == "ieee" and x[i].dtype == tl.float32:
+            sums += tl.dot(x[i], tl.trans(y[i]), input_precision=PRECISION)
+        else:
+            sums = tl.dot(x[i], tl.trans(y[i]), sums, input_precision=PRECISION)
     return sums
 
 

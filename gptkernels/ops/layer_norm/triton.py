@@ -132,7 +132,9 @@ def forward_kernel(
             store_part(total_ptr, total, i, rows, N, C, BLOCK)
             totals = totals + (total.to(tl.float32),)
         parts = totals
-    mean = row_sums(parts, C, BLOCK) * (1.0 / C)
+    # Divided: a product would be contracted with the subtraction below, and a constant row be off its own mean.
+    sums = row_sums(parts, C, BLOCK)
+    mean = tl.div_rn(sums, tl.full(sums.shape, C, tl.float32))
     centred = ()
     squares = ()
     for i in tl.static_range(len(parts)):
@@ -239,7 +241,8 @@ def backward_kernel(
         rows = (group * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < N)[:, None]
         mean = tl.load(mean_ptr + rows[:, None], mask=mask, other=0.0)
-        rstd = tl.load(rstd_ptr + rows[:, None], mask=mask, other=0.0)
+        # A row of one number is its own mean, and has no gradient: not even the rounding errors of the terms below.
+        rstd = tl.load(rstd_ptr + rows[:, None], mask=mask & (C > 1), other=0.0)
         kept = ()
         wdys = ()
         products = ()
