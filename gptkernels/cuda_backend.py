@@ -16,8 +16,12 @@ import torch
 
 from gptkernels.library import LIBRARY, NAMES, SIMT
 
-# The operators that are kernels of the libraries with torch's products around them, written in Python.
+# The operators that are written in Python: kernels of the libraries with torch's products around them, or instead of them.
 PYTHON = {
+    "linear_forward": "gptkernels.ops.linear.cuda",
+    "linear_backward": "gptkernels.ops.linear.cuda",
+    "gelu_mlp_forward": "gptkernels.ops.mlp.cuda",
+    "gelu_mlp_backward": "gptkernels.ops.mlp.cuda",
     "linear_cross_entropy_forward": "gptkernels.ops.cross_entropy.cuda",
     "linear_cross_entropy_gradients": "gptkernels.ops.cross_entropy.cuda",
 }

@@ -17,14 +17,20 @@ LIBRARY = torch.library.Library("gptkernels", "DEF")
 TRITON = torch.library.Library("gptkernels_triton", "DEF")
 SIMT = torch.library.Library("gptkernels_simt", "DEF")
 NAMES: list[str] = []
-# Kernels of both CUDA libraries that Python calls between products of torch's (gptkernels/ops/cross_entropy/cuda.py). The
-# first gives (targets that count, targets out of range), the second the rows' losses.
+# Kernels of both CUDA libraries that Python calls between products of torch's, or chooses instead of them
+# (gptkernels/ops/<op>/cuda.py). cross_entropy_count gives (targets that count, targets out of range), cross_entropy_rows
+# the rows' losses; gelu_backward turns dg into dh and gives g and the sums of dh's columns in like's dtype.
 KERNELS = torch.library.Library("gptkernels_kernels", "DEF")
-KERNELS.define("cross_entropy_count(Tensor targets, int ignore_index, int vocab_size) -> Tensor")
-KERNELS.define(
+for _schema in (
+    "gelu(Tensor h, bool tanh) -> Tensor",
+    "gelu_backward(Tensor(a!) dg, Tensor h, Tensor like, bool tanh, bool sums) -> (Tensor, Tensor)",
+    "cross_entropy_count(Tensor targets, int ignore_index, int vocab_size) -> Tensor",
     "cross_entropy_rows(Tensor(a!) logits, Tensor targets, Tensor counts, int ignore_index, bool mean, int vocab_size,"
-    " bool gradient) -> Tensor"
-)
+    " bool gradient) -> Tensor",
+):
+    KERNELS.define(_schema)
+# Operators of which the CUDA libraries have their own products, among those kernels.
+OWN_PRODUCTS = ("linear_forward", "linear_backward", "gelu_mlp_forward", "gelu_mlp_backward")
 MaybeTensor = Tensor | None
 
 
@@ -32,7 +38,7 @@ def define(schema: str) -> Callable[[Callable], Callable]:
     """Define an operator by its schema in every namespace; the decorated function is its fake."""
     name = schema.partition("(")[0]
     NAMES.append(name)
-    for library in (LIBRARY, TRITON, SIMT):
+    for library in (LIBRARY, TRITON, SIMT, *([KERNELS] if name in OWN_PRODUCTS else [])):
         library.define(schema)
 
     def register(fake: Callable) -> Callable:

@@ -1,4 +1,4 @@
-// linear on CUDA: tensors to pointers.
+// linear on CUDA: tensors to pointers. gptkernels/ops/linear/cuda.py chooses between the products here and torch's.
 #include "linear/factor_torch.h"
 
 namespace gptkernels {
@@ -45,7 +45,7 @@ extern "C" __attribute__((visibility("default"))) void gptkernels_tf32_source(bo
     gptkernels::tf32_source = source;
 }
 
-GPTKERNELS_LIBRARY(m) {
+GPTKERNELS_KERNELS(m) {
     m.impl("linear_forward", TORCH_BOX(&gptkernels::linear_forward));
     m.impl("linear_backward", TORCH_BOX(&gptkernels::linear_backward));
 }

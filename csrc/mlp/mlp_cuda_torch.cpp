@@ -1,4 +1,4 @@
-// gelu_mlp on CUDA: tensors to pointers.
+// gelu_mlp on CUDA: tensors to pointers. gptkernels/ops/mlp/cuda.py chooses between the products here and torch's.
 #include "linear/factor_torch.h"
 #include "mlp/mlp_cuda.h"
 
@@ -46,10 +46,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_backward(const Tenso
     return {dx, dw_fc, db_fc, dw_proj, bias_gradient(dy, w_proj, C, has_b_proj, scope.stream)};
 }
 
+Tensor gelu(const Tensor& h, bool tanh) {
+    DeviceScope scope(h);
+    Tensor g = empty_as(h);
+    gelu_cuda(array(h), h.numel(), tanh, pointer_of(g), scope.stream);
+    return g;
+}
+
+// dg becomes dh; (g, the sums of dh's columns in like's dtype, or an empty tensor).
+std::tuple<Tensor, Tensor> gelu_backward(Tensor& dg, const Tensor& h, const Tensor& like, bool tanh, bool sums) {
+    DeviceScope scope(h);
+    check_contiguous(dg);
+    STD_TORCH_CHECK(dg.scalar_type() == h.scalar_type() && dg.numel() == h.numel(), "dg must be like h");
+    int64_t rows = rows_of(h), columns = h.size(h.dim() - 1);
+    Tensor g = empty_as(h), db = empty(like, {sums ? columns : 0}, like.scalar_type());
+    Tensor partial = empty(h, {sums ? gelu_pass_partial_rows(rows) : 0, columns}, ScalarType::Float);
+    gelu_backward_cuda(array(h), rows, columns, tanh, pointer_of(dg), pointer_of(g), floats(partial), mutable_array(db),
+                       scope.stream);
+    return {g, db};
+}
+
 }  // namespace
 }  // namespace gptkernels
 
-GPTKERNELS_LIBRARY(m) {
+GPTKERNELS_KERNELS(m) {
     m.impl("gelu_mlp_forward", TORCH_BOX(&gptkernels::gelu_mlp_forward));
     m.impl("gelu_mlp_backward", TORCH_BOX(&gptkernels::gelu_mlp_backward));
+    m.impl("gelu", TORCH_BOX(&gptkernels::gelu));
+    m.impl("gelu_backward", TORCH_BOX(&gptkernels::gelu_backward));
 }

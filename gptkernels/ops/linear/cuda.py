@@ -1,0 +1,60 @@
+"""linear on CUDA: the products of csrc/linear, or cuBLAS's where those are measured to be faster.
+
+The same code runs backend="simt" on CPU tensors, with the products of csrc/linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNELS = torch.ops.gptkernels_kernels
+# From this compute capability on cuBLAS multiplies by wgmma, which csrc/common/gemm_cuda.cuh's mma.sync does not reach:
+# 16384 x 768 x 2304 in bfloat16 took 166 us with it, and 93 with cuBLAS, on an H200.
+CUBLAS_FROM = 9
+
+
+def own_products(x: Tensor) -> bool:
+    """Whether products with x run on the kernels here."""
+    return not x.is_cuda or torch.cuda.get_device_properties(x.device).major < CUBLAS_FROM
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by cuBLAS, in x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., C) as (N, C)."""
+    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dy^T x of rows, in weight's dtype, which may be wider."""
+    if weight.dtype == x.dtype:
+        return torch.mm(dy.t(), x)
+    return torch.mm(dy.t(), x, out_dtype=weight.dtype)
+
+
+def bias_gradient(dy: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """The sums of dy's columns in weight's dtype, empty if they are not wanted."""
+    if not wanted:
+        return weight.new_empty((0,))
+    return dy.sum(0, dtype=torch.float32).to(weight.dtype)
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b."""
+    if own_products(x):
+        return KERNELS.linear_forward(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def linear_backward(dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias (empty without one)."""
+    if own_products(x):
+        return KERNELS.linear_backward(dy, x, weight, has_bias)
+    dy_rows = rows(dy)
+    dx = torch.mm(dy_rows, weight.to(x.dtype)).view(x.shape)
+    return dx, weight_gradient(dy_rows, rows(x), weight), bias_gradient(dy_rows, weight, has_bias)
