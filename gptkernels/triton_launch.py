@@ -64,7 +64,7 @@ def launch_compiled(
     found = _compiled.get(key)
     if found is not None:
         compiled, rest = found
-        compiled[grid + (1, 1)](*arguments, *rest)  # noqa: RUF005
+        compiled[grid + (1, 1)](*arguments, *rest)
         return
     compiled = kernel[grid](*arguments, **constants)
     if compiled is None:  # static.py, where launches are noted and nothing is compiled

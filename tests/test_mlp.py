@@ -107,6 +107,17 @@ def check_elementwise(call, inputs, backend, dtype):
 
 
 @gelus
+@pytest.mark.parametrize("dtype", SIMT["simt"], ids=str)
+@pytest.mark.parametrize("shape, F_width", [((1, 1), 1), ((2, 3, 7), 9), ((13, 17), 72), ((260, 8), 24), ((0, 7), 5)])
+def test_gelu_passes(monkeypatch, dtype, shape, F_width, approximate):
+    """The CUDA kernels beside products of torch's, as on a GPU whose cuBLAS is faster than the products here."""
+    monkeypatch.setattr("gptkernels.ops.mlp.cuda.own_products", lambda x: False)
+    check_against_oracle(partial(gelu_mlp, approximate=approximate), partial(mlp_inputs, shape, F_width, dtype), "simt")
+    call = partial(gelu_mlp, approximate=approximate, backend="simt")
+    check_repeats(call, mlp_inputs(shape, F_width, dtype), repeats=1, threads=(1,))
+
+
+@gelus
 @dtypes
 def test_a_far_tail_has_no_nan(backend, dtype, approximate):
     """Out there exp has long over- or underflown: GELU and its slope are 0 and 0, or x and 1."""
