@@ -1,4 +1,4 @@
-"""`gptkernels bench ops | train | table`."""
+"""`gptkernels bench ops | train | scaling | plot | table`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 
 from benchmarks.case import GPU_BACKENDS
 from benchmarks.device import AS_IT_COMES, COLD, WARM
+from benchmarks.long_format import csv_text
 from benchmarks.machine import describe
 from benchmarks.op import DTYPES
 from benchmarks.ops import OPS, bench_ops
 from benchmarks.options import Options
+from benchmarks.scaling import AXES, bench_scaling
+from benchmarks.scaling import line as scaling_line
 from benchmarks.tables import case_text, machine_line
 from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
@@ -27,7 +30,7 @@ BUDGETS = {"cpu": 600.0, "cuda": 10.0}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all three."""
+    """The parser of all of them."""
     parser = argparse.ArgumentParser(
         prog="gptkernels bench",
         description="How fast are our kernels, beside PyTorch written out, best eager PyTorch and torch.compile? Every "
@@ -48,15 +51,22 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--breakdown", action="store_true", help="also time and saved bytes of each operator in the step"
     )
-    for command in (ops, train):
+    scaling = commands.add_parser("scaling", help="cost of operators against a size of the work, or threads")
+    scaling.add_argument("names", nargs="*", metavar="AXIS", help=f"axes (default all): {', '.join(AXES)}")
+    for command in (ops, train, scaling):
         add_options(command)
+    plot = commands.add_parser(
+        "plot", help="pictures (PNG and SVG) of results: roofline, speed-ups, cost against sizes"
+    )
+    plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of bench ops, train or scaling --out")
+    plot.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="default docs")
     table = commands.add_parser("table", help="the README's table from committed results")
     table.add_argument("files", nargs="+", metavar="FILE", help="JSON of bench --out, of check, or a run's result.json")
     return parser
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that ops and train share."""
+    """The options that what measures has in common."""
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where torch finds a GPU"
     )
@@ -122,11 +132,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.command == "train":
         args.names = args.names or list(DEFAULT_CASES[args.device])
-    if args.command == "ops":
-        args.names = args.names or list(OPS)
+    if args.command in ("ops", "scaling"):
+        known = (
+            list(OPS) if args.command == "ops" else [axis for axis in AXES if args.device == "cpu" or axis != "threads"]
+        )
+        args.names = args.names or known
         for name in args.names:
-            if name not in OPS:
-                parser.error(f"no operator {name!r}: choose {', '.join(OPS)}")
+            if name not in known:
+                parser.error(f"bench {args.command} has no {name!r}: choose {', '.join(known)}")
     if args.threads < 0 or args.rounds < 0 or (args.budget is not None and args.budget <= 0):
         parser.error("--threads and --rounds must not be negative and --budget must be positive")
 
@@ -138,12 +151,18 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "table":
         print(markdown([json.loads(Path(file).read_text(encoding="utf-8")) for file in args.files]))
         return 0
+    if args.command == "plot":
+        from benchmarks.plot import plot  # matplotlib is an extra
+
+        for path in plot(args.files, args.out):
+            print(path)
+        return 0
     check_arguments(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     options = options_of(args)
-    cases = (bench_ops if args.command == "ops" else bench_train)(args.names, options)
-    return run(args.command, cases, options, args.out)
+    measure = {"ops": bench_ops, "train": bench_train, "scaling": bench_scaling}[args.command]
+    return run(args.command, measure(args.names, options), options, args.out)
 
 
 def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Path | None) -> int:
@@ -154,11 +173,12 @@ def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Pa
     print(f"bench {what}, {options.device}, {options.dtype}: {machine_line(machine)}", flush=True)
     done: list[dict[str, object]] = []
     for case in cases:
-        print(f"\n{case_text(case)}", flush=True)
+        print(scaling_line(case) if what == "scaling" else f"\n{case_text(case)}", flush=True)
         done.append(case)
         result |= {"cases": done, "passed": all(case["passed"] for case in done)}
         if out is not None:
             write_atomically(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+            write_atomically(out.with_suffix(".csv"), csv_text(result))
     print(f"\n{json.dumps(result, allow_nan=False)}")
     return 0 if result["passed"] else 1
 

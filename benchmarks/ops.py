@@ -124,13 +124,13 @@ class Gate:
         ]
 
 
-def bench_case(op: Op, shape: Shape, options: Options) -> dict[str, object]:
-    """Every figure of one operator at one shape."""
+def bench_case(op: Op, shape: Shape, options: Options, names: Sequence[str] = ()) -> dict[str, object]:
+    """Every figure of one operator at one shape, in the columns of these names (all if there are none)."""
     data = op_data(op, shape, DTYPES[options.dtype], options.device, options.cache)
     others = op.others if options.device == "cuda" else ()
     case = run_case(
         f"{op.title} " + " ".join(f"{k}={v}" for k, v in shape.items()),
-        [*column_names(options), *others, *([op.extra.name] if op.extra is not None else [])],
+        names or [*column_names(options), *others, *([op.extra.name] if op.extra is not None else [])],
         ROWS,
         build=lambda name: op_column(op, name, data, options.backend),
         judge=Gate(op, data),

@@ -154,10 +154,12 @@ TARGETS = (
 
 def markdown(files: Results) -> str:
     """The table of all rows, and the machines that the figures are from."""
+    # The goals are a CPU's, of whole cases.
     benches = [file for file in files if file.get("command") == "bench"]
+    benches = [b for b in benches if b.get("device", "cpu") == "cpu" and b.get("what") != "scaling"]
     if quick := [bench for bench in benches if bench["quick"]]:
         raise ValueError(f"the table needs full measurements, got {len(quick)} made with --quick: run them without")
-    cases = [case for bench in benches for case in bench["cases"] if case.get("device", "cpu") == "cpu"]
+    cases = [case for bench in benches for case in bench["cases"]]
     rows = [(t.work, *judged_row(t.goals, t.case(cases))) for t in TARGETS]
     rows += [training_row([f for f in files if "train_seconds" in f])]
     rows += [check_row(f) for f in files if f.get("command") == "check"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.cli import main
 from benchmarks.machine import MatmulRoof
 from benchmarks.memory import measured_in_subprocess
 from benchmarks.ops import OPS
+from benchmarks.scaling import SWEEPS
 from benchmarks.targets import TARGETS, markdown
 from benchmarks.train_step import SIZES, TrainBench, train_config
 
@@ -118,7 +120,47 @@ def test_ops_quick_ends_with_every_figure(capsys, tmp_path):
         assert case["case"] in text
     assert {"cpu", "cores", "threads", "cpu_capability", "torch", "commit", "date"} <= set(result["machine"])
     assert json.loads(out.read_text()) == result
-    assert [path.name for path in out.parent.iterdir()] == ["ops.json"], "no half-written file is left"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["ops.csv", "ops.json"], "no half-written file is left"
+    assert_long_table(out.with_suffix(".csv"), result)
+
+
+def assert_long_table(path: Path, result: dict) -> None:
+    """Every time of the JSON is a line of the CSV, with what it depends on."""
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    times = {
+        (line["shape"], line["column"], line["row"]): float(line["value"]) for line in lines if line["metric"] == "ms"
+    }
+    for case in result["cases"]:
+        shape = " ".join(f"{key}={value}" for key, value in case["shape"].items())
+        for name, note in case["columns"].items():
+            assert all(times[shape, name, row] == note[row]["ms"] for row in case["rows"])
+    for line in lines:
+        assert line["commit"] == result["machine"]["commit"] and line["date"] == result["machine"]["date"]
+        assert line["torch"] == torch.__version__ and line["dtype"] == "fp32" and line["device"] == "cpu"
+
+
+def test_scaling_goes_up_an_axis(capsys, tmp_path):
+    out = tmp_path / "scaling.json"
+    status, text, result = run_bench(capsys, "scaling", "T", "--quick", "--rounds", "2", "--out", str(out))
+    assert status == 0, text
+    assert [(case["axis"], case["at"], case["shape"]["T"]) for case in result["cases"]] == [
+        ("T", 128, 128),
+        ("T", 256, 256),
+    ]
+    for case in result["cases"]:
+        assert_every_figure(case, {"eager", "ours"})
+        assert f"T={case['at']}" in text
+    assert_long_table(out.with_suffix(".csv"), result)
+    assert {line["at"] for line in csv.DictReader(out.with_suffix(".csv").read_text().splitlines())} == {"128", "256"}
+
+
+def test_sweeps_reach_what_they_promise():
+    for sweeps in SWEEPS.values():
+        (attention,) = sweeps["T"]
+        assert [T for T, _ in attention.shapes()] == [128, 256, 512, 1024, 2048, 4096, 8192]
+        for axis in sweeps.values():
+            for sweep in axis:
+                assert all(set(shape) == set(OPS[sweep.op].small) for _, shape in sweep.shapes())
 
 
 def test_bf16_adds_our_fp32(capsys):
@@ -260,9 +302,12 @@ def result_file(cases: list[dict], quick: bool = False) -> dict:
 def test_table_says_met_and_not_met():
     cases = [fake_case(size="shakespeare-cpu"), fake_case(size="gpt-384"), fake_case(op="cross_entropy")]
     cases[2]["shape"] = {"N": 1024, "C": 768, "V": 50257}
+    others = [
+        {**result_file([fake_case(size="gpt2-width")]), **kind} for kind in ({"device": "cuda"}, {"what": "scaling"})
+    ]
     check = {"command": "check", "name": "tiny", "dtype": "fp32"}
     check["rows"] = [{"quantity": "loss", "error": 1.0, "allowed": 2.0, "passed": True}]
-    lines = markdown([result_file(cases), check]).splitlines()
+    lines = markdown([result_file(cases), *others, check]).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("|")}
     assert all(target.work in rows for target in TARGETS)
     assert rows["shakespeare-cpu training step, fp32"].endswith("| met |")
@@ -274,6 +319,8 @@ def test_table_says_met_and_not_met():
     assert "80 % of the matmul roof" in width
     assert "not met: best eager's peak memory" in rows["linear_cross_entropy fwd+bwd, 1024x768x50257, fp32"]
     assert rows["the same, bf16"].endswith("| not measured |")
+    (width_row,) = (row for work, row in rows.items() if work.startswith("GPT-2 width"))
+    assert width_row.endswith("| not measured |"), "neither a GPU's figures nor a sweep's are a goal's"
     assert rows["fast against reference, tiny, fp32"].endswith("| met |")
 
 
@@ -288,7 +335,9 @@ def test_table_reads_training_runs_and_refuses_quick_figures():
         markdown([result_file([], quick=True)])
 
 
-@pytest.mark.parametrize("argv", [("ops", "softmax"), ("train", "--rounds", "-1"), ("ops", "--budget", "0")])
+@pytest.mark.parametrize(
+    "argv", [("ops", "softmax"), ("scaling", "depth"), ("train", "--rounds", "-1"), ("ops", "--budget", "0")]
+)
 def test_a_wrong_command_line_is_a_usage_error(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         main(argv)

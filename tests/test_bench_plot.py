@@ -1,0 +1,76 @@
+"""`gptkernels bench plot`: the pictures of committed results and of a sweep, whole, and the same every time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from model.cli import main
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture
+def drawing():
+    """Only where matplotlib is: an extra of the package."""
+    pytest.importorskip("matplotlib", reason="pictures need `pip install -e '.[plot]'`")
+
+
+def draw(folder: Path, *files: Path) -> dict[str, bytes]:
+    """The pictures by name."""
+    assert main(["bench", "plot", *map(str, files), "--out", str(folder)]) == 0
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def words_of(svg: bytes) -> str:
+    """All the text of a picture, whose letters are letters."""
+    return " ".join(xml.etree.ElementTree.fromstring(svg).itertext())
+
+
+def test_committed_results(drawing, tmp_path):
+    files = [RESULTS / "avx2-ops.json", RESULTS / "avx2-train-gpt-384.json"]
+    first, again = draw(tmp_path / "a", *files), draw(tmp_path / "b", *files)
+    names = {"avx2-ops-speedup", "avx2-ops-roofline", "avx2-train-gpt-384-speedup"}
+    assert set(first) == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    assert first == again, "a picture may change only with its figures"
+    assert all(first[f"{name}.png"].startswith(b"\x89PNG") for name in names)
+    result = json.loads(files[0].read_text(encoding="utf-8"))
+    for name in ("avx2-ops-speedup.svg", "avx2-ops-roofline.svg"):
+        assert result["machine"]["commit"][:12] in words_of(first[name])
+    text = words_of(first["avx2-ops-speedup.svg"])
+    for case in result["cases"]:
+        assert case["case"] in text and f"{case['speedup']['eager']['both']:.2f}x" in text
+    assert "loses" in text, "the linear layer is slower than best eager's in these results"
+    assert "GFLOP/s" in words_of(first["avx2-ops-roofline.svg"])
+
+
+def test_cost_against_an_axis(drawing, tmp_path):
+    result = json.loads((RESULTS / "avx2-ops.json").read_text(encoding="utf-8"))
+    result |= {
+        "what": "scaling",
+        "cases": [{**case, "axis": "T", "at": case["shape"]["T"]} for case in result["cases"][:2]],
+    }
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(result))
+    pictures = draw(tmp_path / "out", file)
+    assert set(pictures) == {"sweep-T.png", "sweep-T.svg"}
+    text = words_of(pictures["sweep-T.svg"])
+    assert "Time against T" in text and "Memory against T" in text and "attention, ours" in text and "1024" in text
+
+
+def test_a_file_that_is_no_result(drawing, tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    assert main(["bench", "plot", str(file), "--out", str(tmp_path)]) == 1
+    assert "must be a result of bench" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.plot", raising=False)
+    assert main(["bench", "plot", str(RESULTS / "avx2-ops.json"), "--out", str(tmp_path)]) == 1
+    assert "pip install -e '.[plot]'" in capsys.readouterr().err
