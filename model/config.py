@@ -65,12 +65,17 @@ class TrainConfig:
     batch_tokens: int = key(0, "tokens a step instead of batch, a multiple of context; 0 means batch * context")
     micro_batch: str = key("auto", "sequences of one forward and backward on a device; auto is the most that fit")
     lr: float = key(1e-3, "peak learning rate, reached after the warmup")
-    min_lr: float = key(1e-4, "learning rate that the cosine ends at")
+    min_lr: float = key(1e-4, "learning rate at the end")
     warmup: int = key(100, "steps of linear warmup")
+    schedule: str = key(
+        "cosine", "from lr to min_lr: along a cosine, or stable and down in the last steps", ("cosine", "wsd")
+    )
+    decay: float = key(0.2, "share of the steps in which schedule=wsd goes down")
     beta1: float = key(0.9, "AdamW's decay of the mean gradient")
     beta2: float = key(0.95, "AdamW's decay of the mean squared gradient")
     weight_decay: float = key(0.1, "AdamW's decay of tensors with two or more dimensions")
     clip: float = key(1.0, "largest norm of the whole gradient; 0 turns clipping off")
+    ema: float = key(0.0, "decay of a moving average of the weights, which is what is evaluated then; 0 keeps none")
     eval_every: int = key(250, "steps between evaluations and checkpoints")
     eval_batches: int = key(20, "random batches of nanoGPT's way to evaluate; the full pass is always done as well")
     log_every: int = key(10, "steps between lines of metrics.csv")
@@ -81,6 +86,11 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     tf32: bool = key(False, "fp32 products on a GPU's tensor cores, with factors rounded to 11 bits")
+    recompute: str = key(
+        "none",
+        "what a block's backward computes again instead of keeping it: nothing, cheap operators, all",
+        ("none", "selective", "full"),
+    )
     compile: bool = key(False, "torch.compile for the training step: minutes before the first one, then fewer kernels")
     model: str = key("fast", "fast runs on gptkernels, reference is plain PyTorch", ("fast", "reference"))
     backend: str = key("auto", "backend of every fast operator: auto is the fastest that works; doctor lists them")
@@ -98,8 +108,9 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(self.min_lr <= self.lr, f"min_lr must not exceed lr, got {self.min_lr} and {self.lr}: give both")
+        require(0.0 < self.decay <= 1.0, f"decay must be above 0 and at most 1, got {self.decay}")
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)}")
         check_backend(self.backend)
         require(

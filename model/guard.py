@@ -1,21 +1,68 @@
-"""What is said of a step that went wrong: which one, and which tensor of it first."""
+"""What is said of a step that went wrong: which one, which tensor of it first, and what text it learned from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from model.optimize import Learner, MicroBatch
+from model.data import CharTokenizer
+from model.files import write_text
+from model.optimize import Learner
+from model.reference import IGNORE_INDEX
+
+# A loss is unusual this many standard deviations, and this share, above the mean of the losses before it.
+DEVIATIONS, SHARE = 8.0, 0.1
+RECENT = 100  # losses that say what is usual
+KEPT = 10  # batches that a run keeps at most
 
 
-def failure(learner: Learner, step: int, batches: Sequence[MicroBatch], loss: float, norm: float) -> RuntimeError:
+@dataclass
+class Spikes:
+    """Which losses stand out from those before them."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    found: int = 0
+
+    def usual(self, loss: float) -> float | None:
+        """The usual loss where this one is unusually high, else None; None for more than a few in a run as well."""
+        losses = list(self.recent)
+        self.recent.append(loss)
+        if len(losses) < RECENT:
+            return None
+        mean = sum(losses) / RECENT
+        deviation = math.sqrt(sum((one - mean) ** 2 for one in losses) / RECENT)
+        if loss - mean <= max(DEVIATIONS * deviation, SHARE * mean) or self.found >= KEPT:
+            return None
+        self.found += 1
+        return mean
+
+
+def keep_batch(folder: Path, tokenizer: CharTokenizer, step: int, x: Tensor, y: Tensor, why: dict[str, Any]) -> Path:
+    """Write down the sequences of step number `step`, from 1, as tokens and as text, and why; returns the file's path."""
+    path = folder / f"step-{step}.json"
+    tokens = torch.cat((x, y[:, -1:]), dim=1).cpu()
+    tokens[tokens == IGNORE_INDEX] = 0
+    texts = [tokenizer.decode(row) for row in tokens]
+    write_text(
+        path, json.dumps(why | {"step": step, "texts": texts, "tokens": tokens.tolist()}, ensure_ascii=False) + "\n"
+    )
+    return path
+
+
+def failure(learner: Learner, step: int, x: Tensor, y: Tensor, loss: float, norm: float) -> RuntimeError:
     """The error for step number `step`, from 0, whose loss or gradient norm was not finite.
 
     The gradients are made once more: the weights are still those that the step found.
     """
     learner.optimizer.zero_grad(set_to_none=True)
-    learner.gradients(step, batches)
+    learner.gradients(step, x, y)
     found = first_non_finite(learner.model)
     learner.optimizer.zero_grad(set_to_none=True)
     remedy = "Lower lr or lengthen warmup"

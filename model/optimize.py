@@ -8,7 +8,8 @@ well, so that whoever reads the losses, some steps on, finds the weights as that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +20,10 @@ from model.config import Config
 from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
+from model.micro import MicroBatch, next_smaller, split
 from model.precision import make_scaler
-from model.reference import IGNORE_INDEX, Seed
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences of one forward and backward: inputs, targets, and which part of the step's loss they are."""
-
-    x: Tensor
-    y: Tensor
-    share: float
-    first: int
+from model.recompute import recompute
+from model.reference import Seed
 
 
 @dataclass(frozen=True)
@@ -43,29 +36,19 @@ class Outcome:
     lr: float
 
 
-def split(x: Tensor, y: Tensor, micro: int) -> list[MicroBatch]:
-    """A step's sequences in micro batches; their shares make the sum of their losses the mean over all its targets.
-
-    Not the mean of their means: those count a target more where fewer of its micro batch are left to predict.
-    """
-    counts = [int((part != IGNORE_INDEX).sum()) for part in y.split(micro)]
-    if not sum(counts):
-        raise ValueError("a step must have a target to predict, got only ignored ones: look at the data")
-    parts = zip(x.split(micro), y.split(micro), counts, strict=True)
-    # The mean over no target is no number; any target does where its share is 0.
-    return [
-        MicroBatch(part, targets if n else torch.zeros_like(targets), n / sum(counts), i * micro)
-        for i, (part, targets, n) in enumerate(parts)
-    ]
-
-
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warmup, then a cosine from lr towards min_lr (nanoGPT's schedule); step counts from 0."""
+    """Linear warmup, then from lr to min_lr by schedule; step counts from 0.
+
+    cosine is nanoGPT's. wsd stays at lr and goes down in the last part of the steps with 1 - sqrt, which leaves the
+    number of steps open until then (Hagele et al. 2024, arXiv 2405.18392).
+    """
     t = config.train
     if step < t.warmup:
         return t.lr * (step + 1) / (t.warmup + 1)
-    done = min((step - t.warmup) / max(t.steps - t.warmup, 1), 1.0)
-    return t.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (t.lr - t.min_lr)
+    begin = t.warmup if t.schedule == "cosine" else max(t.steps * (1.0 - t.decay), t.warmup)
+    done = min(max(step - begin, 0.0) / max(t.steps - begin, 1), 1.0)
+    share = 0.5 * (1.0 + math.cos(math.pi * done)) if t.schedule == "cosine" else 1.0 - math.sqrt(done)
+    return t.min_lr + share * (t.lr - t.min_lr)
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -94,24 +77,29 @@ class Learner:
 
     config: Config
     model: Model
+    micro: int  # sequences of one forward
+    notes: list[str] = field(default_factory=list)  # what the user should know, until it is shown
     optimizer: torch.optim.Optimizer = field(init=False)
     forward: Callable[..., Any] = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     held_back: Tensor = field(init=False)  # 1.0 from the first step on that was not finite
+    average: list[Tensor] = field(init=False)  # of each parameter; empty without ema
 
     def __post_init__(self) -> None:
         t, device = self.config.train, self.model.lm_head.weight.device
+        recompute(self.model, t.recompute)
         self.optimizer = make_optimizer(self.model, self.config)
         self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
         self.scaler = make_scaler(t.dtype, device)
         self.held_back = torch.zeros((), device=device)
+        self.average = [p.detach().clone() for p in self.model.parameters()] if t.ema else []
 
-    def step(self, step: int, batches: Sequence[MicroBatch]) -> Outcome:
-        """Optimizer step number `step`, from 0."""
+    def step(self, step: int, x: Tensor, y: Tensor) -> Outcome:
+        """Optimizer step number `step`, from 0, on sequences that are still on the host."""
         lr = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.gradients(step, batches)
+        loss = self.gradients(step, x, y)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -127,16 +115,64 @@ class Learner:
     def pack(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in parts.items()} | {
+            "average": self.average,
+            "micro": self.micro,
+        }
 
     def restore(self, payload: dict[str, Any]) -> None:
         """Go on from what pack kept."""
         self.model.load_state_dict(payload["model"])
         self.optimizer.load_state_dict(payload["optimizer"])
         self.scaler.load_state_dict(payload.get("scaler", {}))
+        if self.average and payload.get("average"):
+            torch._foreach_copy_(self.average, payload["average"])
+        if self.config.train.micro_batch == "auto":
+            self.micro = payload.get("micro", self.micro)  # as it began, to be the same run
 
-    def gradients(self, step: int, batches: Sequence[MicroBatch]) -> Tensor:
-        """Add the gradient of the step's loss to the parameters; returns the loss."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, where there are any."""
+        if not self.average:
+            yield
+            return
+        parameters = [p.detach() for p in self.model.parameters()]
+        own = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, own)
+
+    def gradients(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        """Give the parameters the gradient of the step's loss; returns the loss.
+
+        With micro_batch=auto, what does not fit is tried again in smaller parts: the step is not lost.
+        """
+        while True:
+            try:
+                return self.accumulate(step, split(x, y, self.micro, self.held_back.device))
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Outside of the except block, whose traceback would hold what the forward had kept.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.shrink(len(x), reason)
+
+    def shrink(self, sequences: int, reason: str) -> None:
+        """Take smaller micro batches from here on; RuntimeError where there are none, or the setting is a number."""
+        smaller = next_smaller(sequences, self.micro)
+        if self.config.train.micro_batch != "auto" or not smaller:
+            raise RuntimeError(
+                f"micro_batch={self.micro} does not fit into memory ({reason.splitlines()[0]}): set micro_batch=auto or "
+                "smaller, recompute=full, or dtype=bf16"
+            )
+        self.notes.append(f"micro batches of {self.micro} do not fit into memory: going on with {smaller}")
+        self.micro = smaller
+        if self.held_back.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is left is in pieces of the wrong size
+
+    def accumulate(self, step: int, batches: Sequence[MicroBatch]) -> Tensor:
+        """Add the gradients of micro batches to the parameters; returns the sum of the losses."""
         losses = []
         for batch in batches:
             seed = dropout_seed(self.config, step, batch.first, batch.x.device)
@@ -157,5 +193,9 @@ class Learner:
         optimizer.found_inf = torch.maximum(self.held_back, overflow)  # type: ignore[attr-defined]
         optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None  # type: ignore[attr-defined]
         optimizer.step()
+        if self.average:
+            torch._foreach_lerp_(
+                self.average, [p.detach() for p in self.model.parameters()], 1.0 - self.config.train.ema
+            )
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         self.scaler.update()

@@ -16,6 +16,7 @@ from gptkernels.backend import cpu_library
 from model.config import Config
 from model.data import Dataset
 from model.fast import Model
+from model.memory import activation_bytes, state_bytes
 from model.throughput import flops_a_token, peak_flops
 
 
@@ -66,28 +67,15 @@ def count_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def activation_bytes(config: Config, micro: int, backends: Mapping[str, str]) -> int:
-    """What a forward of micro sequences keeps for its backward, estimated by counting the tensors of a layer.
-
-    On our kernels a token keeps in each layer two residual sums, two norms, q, k, v, the attention's output and the MLP's
-    pre-activation: 12 C, two statistics for each head and norm. Plain PyTorch keeps every step of every formula: about
-    30 C, its row of the attention matrix in each head, and the logits. bf16 halves all but the residual sums.
-    """
-    m, t = config.model, config.train
-    C, half = m.n_embd, t.dtype in ("bf16", "fp16")
-    if set(backends.values()) - {"reference"}:
-        layer = (7.0 if half else 12.0) * C + 2 * m.n_head + 4
-        rest = (1.5 if half else 2.0) * C + 4
-    else:
-        matrices = 1 + (2.25 if m.dropout else 0.0)
-        layer, rest = 30.0 * C + matrices * m.n_head * m.context, 3.0 * C + m.vocab_size
-    return int(4 * micro * m.context * (m.n_layer * layer + rest))
-
-
 def arithmetic(config: Config) -> str:
     """The words of the arithmetic: dtype, and what else decides which instructions run."""
     t = config.train
-    return t.dtype + ", tf32 products" * (t.tf32 and t.dtype == "fp32") + ", compiled" * t.compile
+    return (
+        t.dtype
+        + ", tf32 products" * (t.tf32 and t.dtype == "fp32")
+        + ", compiled" * t.compile
+        + f", recompute {t.recompute}" * (t.recompute != "none")
+    )
 
 
 def count(value: float) -> str:
@@ -140,7 +128,7 @@ def start_card(
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
     parameters, threads = count_parameters(model), torch.get_num_threads()
-    state, activations = parameters * 16, activation_bytes(config, micro, backends)
+    state, activations = state_bytes(config, parameters), activation_bytes(config, micro, backends)
     tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
     if (splits := config.sequences // micro) > 1:
         tokens += f" in {splits} micro batches of {micro}"
@@ -200,7 +188,10 @@ def end_card(result: Mapping[str, Any], commands: Sequence[str]) -> str:
         ("nanoGPT's way", f"{number(result['val_loss_random'])} (random windows)"),
         ("time", f"{duration(result['seconds'])}, of it training {duration(result['train_seconds'])}"),
         ("speed", f"{result['ms']:.2f} ms a step (median), {count(result['tokens_per_s'])} tokens/s{mfu}"),
-        ("peak memory", size(result["peak_memory_bytes"])),
+        (
+            "peak memory",
+            f"{size(result['peak_memory_bytes'])} (estimated {size(result['estimated_memory_bytes'])} and torch)",
+        ),
         ("run folder", f"{result['run']} ({', '.join(files)})"),
     ]
     card = "\n".join(f"{name:>14}  {text}" for name, text in rows)

@@ -26,8 +26,11 @@ class Metrics:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""
-        self.file.write(as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}]))
-        self.file.flush()
+        try:
+            self.file.write(as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}]))
+            self.file.flush()
+        except OSError as error:
+            raise RuntimeError(f"cannot write {self.file.name}: {error.strerror}: make room there") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import report
-from model.checkpoint import BEST, LAST, build_model, holds_run, load, pack, save_atomically
-from model.config import Config, build, flatten, override, parse_override, to_toml
-from model.data import CharTokenizer, Dataset, load_dataset, random_batch
+from model.checkpoint import BEST, LAST, load, pack, save_atomically
+from model.config import Config, build, flatten, override, parse_override, read_preset, to_toml
+from model.data import random_batch
 from model.evaluate import evaluate, sample_text
-from model.fast import FastGPT, Model
 from model.files import write_text
-from model.guard import failure
+from model.guard import failure, keep_batch
 from model.interrupt import interruptible
-from model.optimize import Learner, MicroBatch, Outcome, split
-from model.precision import DTYPES, choose_dtype, to_device
 from model.progress import Progress
 from model.run_files import Metrics, write_json, write_loss_svg
+from model.state import State, estimated_bytes, prepare, run_folder
 from model.throughput import flops_a_token, peak_flops
 
 WARM_STEPS = 10  # left out of the times: caches, lazy initialisation, the allocator's first pages
@@ -37,53 +34,6 @@ LINES = 20  # step lines of a run where a line cannot be overwritten
 FIXED = ("model.", "train.val_fraction", "train.out", "train.name")
 
 
-@dataclass
-class State:
-    """What a run carries from step to step."""
-
-    config: Config
-    dataset: Dataset
-    learner: Learner
-    device: torch.device
-    folder: Path
-    step: int = 0
-    best_step: int = 0
-    best_val_loss: float = math.inf
-    step_ms: list[float] = field(default_factory=list)
-    unread: list[Outcome] = field(default_factory=list)
-    unread_since: float = 0.0
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    sample: str = ""
-
-    @property
-    def model(self) -> Model:
-        """The model in training."""
-        return self.learner.model
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """The backend of every operator, none for the reference model; raises where one cannot run."""
-        dtype = DTYPES[self.config.train.dtype]
-        return self.model.backends(dtype) if isinstance(self.model, FastGPT) else {}
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.sequences * self.config.model.context
-
-    @property
-    def micro(self) -> int:
-        """Sequences of one forward."""
-        micro = self.config.train.micro_batch
-        return self.config.sequences if micro == "auto" else int(micro)
-
-    @property
-    def evaluating(self) -> bool:
-        """Whether the step just made is one to evaluate after."""
-        t = self.config.train
-        return self.step % t.eval_every == 0 or self.step == t.steps
-
-
 def save(state: State, name: str) -> None:
     """Write a checkpoint of this moment."""
     progress = {"step": state.step, "best_step": state.best_step, "best_val_loss": state.best_val_loss}
@@ -91,14 +41,10 @@ def save(state: State, name: str) -> None:
     save_atomically(payload, state.folder / name)
 
 
-def step_batches(state: State, step: int) -> list[MicroBatch]:
-    """What step number `step`, from 0, learns from, on its way to the device."""
+def step_batch(state: State, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets that step number `step`, from 0, learns from."""
     config = state.config
-    x, y = random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
-    return [
-        dataclasses.replace(part, x=to_device(part.x, state.device), y=to_device(part.y, state.device))
-        for part in split(x, y, state.micro)
-    ]
+    return random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
 
 
 def timed_step(state: State) -> dict[str, Any] | None:
@@ -108,7 +54,7 @@ def timed_step(state: State) -> dict[str, Any] | None:
     """
     if not state.unread:
         state.unread_since = time.perf_counter()
-    state.unread.append(state.learner.step(state.step, step_batches(state, state.step)))
+    state.unread.append(state.learner.step(state.step, *step_batch(state, state.step)))
     state.step += 1
     due = reads_each_step(state) or state.step % state.config.train.log_every == 0 or state.evaluating
     return read_steps(state) if due else None
@@ -131,7 +77,23 @@ def read_steps(state: State) -> dict[str, Any]:
         overflow = math.isfinite(loss) and state.learner.may_overflow
         if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
             state.step = one.step
-            raise failure(state.learner, one.step, step_batches(state, one.step), loss, norm)
+            batch = step_batch(state, one.step)
+            error = failure(state.learner, one.step, *batch, loss, norm)
+            keep_batch(
+                state.folder, state.dataset.tokenizer, one.step + 1, *batch, {"loss": str(loss), "norm": str(norm)}
+            )
+            raise error
+        if (usual := state.spikes.usual(loss)) is not None:
+            path = keep_batch(
+                state.folder,
+                state.dataset.tokenizer,
+                one.step + 1,
+                *step_batch(state, one.step),
+                {"loss": loss, "usual": usual},
+            )
+            state.learner.notes.append(
+                f"step {one.step + 1}: loss {loss:.4f} where {usual:.4f} is usual; its text is kept in {path}"
+            )
     state.step_ms += [seconds * 1e3] * len(unread)
     times = {"ms": seconds * 1e3, "tokens_per_s": state.tokens / seconds}
     return {"step": state.step, "loss": loss, "lr": unread[-1].lr, "grad_norm": norm, **times}
@@ -157,15 +119,21 @@ def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Me
     t, evaluating = state.config.train, state.evaluating
     ms, memory = recent_ms(state.step_ms), report.peak_memory_bytes(state.device)
     figures = report.step_figures(row, t.steps, ms, state.tokens, memory, mfu(state, ms))
+    while state.learner.notes:
+        progress.note(state.learner.notes.pop(0))
     progress.update(figures, state.step / t.steps, evaluating or state.step % max(t.steps // LINES, 1) == 0)
-    if evaluating:
+    if not evaluating:
+        if state.step % t.log_every == 0:
+            metrics.write(row)
+        return
+    with state.learner.averaged():
         state.evaluation = evaluate(state.model, state.dataset, state.config, state.step)
         row |= {k: state.evaluation[k] for k in ("val_loss", "val_loss_random")}
-    if evaluating or state.step % t.log_every == 0:
         # Before the checkpoint: a resumed run drops later rows, but could not bring back a missing one.
         metrics.write(row)
-    if evaluating:
         keep_evaluation(state, progress)
+    save(state, LAST)
+    write_loss_svg(state.folder)
 
 
 def mfu(state: State, ms: float | None) -> float | None:
@@ -175,14 +143,12 @@ def mfu(state: State, ms: float | None) -> float | None:
 
 
 def keep_evaluation(state: State, progress: Progress) -> None:
-    """Write checkpoints, picture and a sample of a state that has just been evaluated."""
+    """Write the best checkpoint and a sample of a state that has just been evaluated."""
     loss, random = state.evaluation["val_loss"], state.evaluation["val_loss_random"]
     improved = loss < state.best_val_loss
     if improved:
         state.best_step, state.best_val_loss = state.step, loss
         save(state, BEST)
-    save(state, LAST)
-    write_loss_svg(state.folder)
     if state.config.train.sample_tokens:
         state.sample = sample_text(state.model, state.dataset, state.config)
         with (state.folder / "samples.txt").open("a", encoding="utf-8") as file:
@@ -217,68 +183,12 @@ def result_of(state: State, seconds: float) -> dict[str, Any]:
         "mfu": mfu(state, ms),
         "parameters": report.count_parameters(state.model),
         "peak_memory_bytes": report.peak_memory_bytes(state.device),
+        "estimated_memory_bytes": estimated_bytes(state),
         "backends": state.backends,
         "data": state.dataset.source,
         "data_sha256": state.dataset.sha256,
         "sample": state.sample,
     }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a setting means; raises where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise RuntimeError(f"device={name} needs a GPU, but torch {torch.__version__} finds none here: use device=cpu")
-    return torch.device(name)
-
-
-def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None) -> State:
-    """Data, model and optimizer of a configuration, before the first step; earlier is a checkpoint to go on from."""
-    t = config.train
-    if t.threads:
-        torch.set_num_threads(t.threads)
-    device = choose_device(t.device)
-    tokenizer, expected = (CharTokenizer(earlier["characters"]), earlier["data_sha256"]) if earlier else (None, None)
-    dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
-    wanted, needed = config.model.vocab_size, len(dataset.tokenizer)
-    if wanted and wanted < needed:
-        raise ValueError(f"vocab_size must be at least the data's {needed} characters, got {wanted}: leave it 0")
-    model_config = dataclasses.replace(config.model, vocab_size=wanted or needed)
-    # Resolved once: a run that goes on elsewhere computes as it began.
-    train_config = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
-    config = Config(model_config, train_config)
-    torch.backends.cuda.matmul.allow_tf32 = t.tf32
-    torch.manual_seed(t.seed)
-    state = State(config, dataset, Learner(config, build_model(config).to(device)), device, folder)
-    _ = state.backends  # a backend that cannot run here raises now, not in the first step
-    if earlier:
-        state.learner.restore(earlier)
-        torch.set_rng_state(earlier["random_state"])
-        state.step, state.best_step, state.best_val_loss = (earlier[k] for k in ("step", "best_step", "best_val_loss"))
-    return state
-
-
-def run_folder(config: Config, label: str) -> Path:
-    """A new folder for a run: out/name, or out/label-time; raises when a named one holds a run, or none can be made."""
-    t = config.train
-    stem, attempt = t.name or f"{label or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}", 1
-    folder = Path(t.out) / stem
-    if t.name and holds_run(folder):
-        raise ValueError(f"{folder} holds a run: resume it with `train --resume {folder}`, or choose another name=")
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(t.name))
-            return folder
-        except FileExistsError as error:
-            if t.name:
-                raise RuntimeError(f"{folder} must be a folder, but a file is there: choose another name=") from error
-            attempt += 1
-            folder = Path(t.out) / f"{stem}-{attempt}"
-        except OSError as error:
-            raise RuntimeError(f"cannot make the run folder {folder}: {error.strerror}: choose another out=") from error
 
 
 def train(config: Config, *, label: str = "", quiet: bool = False) -> dict[str, Any]:
@@ -298,6 +208,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
         raise ValueError(f"RUN must be a run folder to go on with, got the file {folder}: give {folder.parent}")
     payload = load(folder, LAST)
     settings = payload["config"]
+    check_unedited(folder, settings)
     for name, value in map(parse_override, overrides):
         if name.startswith(FIXED) and value != settings[name]:
             raise ValueError(f"{name} must stay {settings[name]!r} in a resumed run, got {value!r}: train a new one")
@@ -308,6 +219,18 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
     return run(prepare(config, folder, payload), quiet)
 
 
+def check_unedited(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise where config.toml, which is for readers, was made to say another model than the checkpoint's."""
+    path = folder / "config.toml"
+    written = read_preset(str(path)) if path.is_file() else {}
+    for name, value in written.items():
+        if name.startswith(FIXED) and value != settings.get(name, value):
+            raise ValueError(
+                f"{path} says {name} = {value!r}, but the run was made with {settings[name]!r}: restore it (what may change "
+                "is given after --resume RUN), or train a new one"
+            )
+
+
 def run(state: State, quiet: bool) -> dict[str, Any]:
     """Write down what the run is, train, and show its cards."""
     config, folder, began = state.config, state.folder, time.perf_counter()
@@ -315,7 +238,7 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
     write_text(folder / "config.toml", to_toml(config))
     write_json(folder / "env.json", report.environment(state.model, state.dataset, state.device, state.backends))
     progress.note(
-        report.start_card(config, state.dataset, state.model, state.device, state.backends, state.micro, folder)
+        report.start_card(config, state.dataset, state.model, state.device, state.backends, state.learner.micro, folder)
     )
     command = f"gptkernels train --resume {shlex.quote(str(folder))}"
     if state.step:

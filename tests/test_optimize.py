@@ -1,22 +1,28 @@
 """A step of training: the same gradient however it is split, the clip and the guard as tensors, precision, compiling."""
 
+import json
 import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from training_case import chosen, gradients, same_weights, small_settings, some_batch
 
-from model import precision
+from model import optimize, precision
 from model import train as training
+from model.checkpoint import BEST, LAST, build_model, load
 from model.config import resolve
 from model.data import random_batch
 from model.evaluate import loss_of
-from model.optimize import Learner, split
+from model.guard import Spikes
+from model.micro import split
+from model.optimize import Learner, learning_rate
 from model.precision import DTYPES, autocast, choose_dtype
 from model.reference import GPT
 from model.run_files import read_metrics
 from model.train import train
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +32,7 @@ def one_thread(threads):
 
 @pytest.fixture
 def settings(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(TEXT[i % 7 :] for i in range(60)))
-    small = ["n_embd=16", "batch=8", "steps=12", "warmup=0", "eval_every=12", "eval_batches=1", "sample_tokens=0"]
-    return [f"data={path}", f"out={tmp_path}", "threads=1", *small]
-
-
-def chosen(settings, *more):
-    return resolve("tiny", [*settings, *more])[0]
-
-
-def some_batch(vocabulary, ignored):
-    """Eight sequences; the second half has lost most of its targets, the last two all of them."""
-    rng = torch.Generator().manual_seed(3)
-    x = torch.randint(vocabulary, (8, 16), generator=rng)
-    y = torch.randint(vocabulary, (8, 16), generator=rng)
-    if ignored:
-        y[4:, 3:] = -100
-        y[6:] = -100
-    return x, y
-
-
-def gradients(learner, x, y, micro):
-    learner.optimizer.zero_grad(set_to_none=True)
-    loss = learner.gradients(0, split(x, y, micro))
-    return {"loss": loss} | {name: p.grad for name, p in learner.model.named_parameters()}
+    return small_settings(tmp_path)
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -59,7 +41,7 @@ def test_the_gradient_is_the_same_however_the_step_is_split(kind, ignored):
     """Against the whole batch in float64, with the error that the whole batch in float32 makes as the measure."""
     config = resolve("tiny", [f"model={kind}", "vocab_size=11"])[0]
     torch.manual_seed(0)
-    learner = Learner(config, training.build_model(config))
+    learner = Learner(config, build_model(config), 8)
     x, y = some_batch(11, ignored)
     oracle = GPT(config.model).double()
     oracle.load_state_dict(learner.model.state_dict())
@@ -82,15 +64,15 @@ def test_the_gradient_is_the_same_however_the_step_is_split(kind, ignored):
 def test_the_mean_of_means_is_another_gradient():
     """What the test above would not be able to see without ignored targets."""
     config = resolve("tiny", ["vocab_size=11"])[0]
-    model = training.build_model(config)
+    model = build_model(config)
     x, y = some_batch(11, ignored=True)
     whole = loss_of(model, config, x, y)
     halves = [loss_of(model, config, x[part], y[part]) for part in (slice(0, 4), slice(4, 6))]
     assert abs(sum(halves) / 2 - whole) > 1e-3
-    shares = [part.share for part in split(x, y, 4)]
-    assert shares == [64 / 70, 6 / 70] and split(x, y, 2)[3].share == 0.0
+    shares = [part.share for part in split(x, y, 4, CPU)]
+    assert shares == [64 / 70, 6 / 70] and split(x, y, 2, CPU)[3].share == 0.0
     with pytest.raises(ValueError, match="a step must have a target to predict"):
-        split(x, torch.full_like(y, -100), 2)
+        split(x, torch.full_like(y, -100), 2, CPU)
 
 
 def test_each_micro_batch_has_its_own_dropout(settings):
@@ -145,10 +127,10 @@ def test_fp16_leaves_out_a_step_that_overflows_and_scales_less(settings):
     assert math.isfinite(row["grad_norm"]) and not torch.equal(before["lm_head.weight"], state.model.lm_head.weight)
 
 
-def test_a_step_that_fails_holds_all_later_ones_back(settings, monkeypatch):
+def test_a_step_that_fails_holds_all_later_ones_back(settings, tmp_path, monkeypatch):
     """As on a GPU, where losses are read some steps later: the failed step is named, its weights are still there."""
     config = chosen(settings, "log_every=6")
-    state = training.prepare(config, None)
+    state = training.prepare(config, tmp_path)
     monkeypatch.setattr(training, "reads_each_step", lambda state: False)
     for _ in range(2):
         assert training.timed_step(state) is None
@@ -169,7 +151,7 @@ def test_a_step_that_fails_holds_all_later_ones_back(settings, monkeypatch):
         training.timed_step(state)
     handle.remove()
     assert state.step == 2 and all(torch.equal(before[name], p) for name, p in state.model.state_dict().items())
-    assert torch.equal(x, training.step_batches(state, 2)[0].x)
+    assert torch.equal(x, training.step_batch(state, 2)[0])
 
 
 def test_steps_are_read_where_they_are_logged(settings, tmp_path, monkeypatch):
@@ -208,8 +190,104 @@ def test_tf32_is_what_torch_is_told(settings):
 
 # torch's own: Dynamo instantiates an autograd.Function while it traces one, and inductor imports torch.jit.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated", "ignore:.*torch.jit:DeprecationWarning")
-def test_a_compiled_step_is_the_same_step(settings):
-    """Without a graph break: the whole forward is one graph, and the losses stay."""
-    more = ["micro_batch=4", "steps=3", "eval_every=3"]
+def test_a_compiled_step_is_the_same_step(settings, monkeypatch):
+    """Without a graph break: the whole forward is one graph, made once for all seeds of dropout, and the losses stay.
+
+    Inductor takes a minute for the ten rounds of each mask, so the graph is run as it was traced.
+    """
+    counter = CompileCounterWithBackend("aot_eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, fullgraph=fullgraph, backend=counter))
+    torch._dynamo.reset()
+    more = ["micro_batch=4", "steps=3", "eval_every=3", "n_layer=1", "dropout=0.2"]
     eager, compiled = (train(chosen(settings, *more, f"compile={word}"), quiet=True) for word in ("off", "on"))
-    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-6)
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-6) and counter.frame_count == 1
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient(settings):
+    """train_step against the same step from torch's parts, in every bit."""
+    config = chosen(settings, "clip=0.5", "warmup=0")
+    state, twin = training.prepare(config, None), training.prepare(config, None)
+    x, y = random_batch(twin.dataset.train, 8, 16, config.train.seed, 0)
+    loss = twin.model(x, y)[1]
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in twin.model.parameters()])
+    for p in twin.model.parameters():
+        p.grad /= norm / 0.5
+    twin.learner.optimizer.step()
+    row = training.timed_step(state)
+    assert (row["loss"], row["grad_norm"], row["lr"]) == (loss.item(), norm.item(), 3e-3) and norm > 0.5
+    assert same_weights(state.model, twin.model)
+
+
+def test_decay_is_for_matrices_and_counts_a_tied_one_once():
+    model = build_model(resolve("tiny", ["vocab_size=7"])[0])
+    groups = optimize.make_optimizer(model, resolve("tiny")[0]).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert len(ids) == len(set(ids)) == len(list(model.parameters()))
+    assert ids.count(id(model.lm_head.weight)) == 1
+
+
+def test_the_schedule():
+    config, _ = resolve("shakespeare-cpu")
+    rates = [learning_rate(step, config) for step in range(2001)]
+    assert rates[0] == pytest.approx(1e-3 / 101) and rates[100] == 1e-3 == max(rates)
+    assert rates[1050] == pytest.approx(5.5e-4) and rates[2000] == pytest.approx(1e-4) == min(rates[100:])
+    assert learning_rate(9999, config) == pytest.approx(1e-4)
+    config, _ = resolve("shakespeare-cpu", ["schedule=wsd", "decay=0.25"])
+    rates = [learning_rate(step, config) for step in range(2001)]
+    assert rates[50] < rates[100] == rates[1500] == 1e-3 and rates[2000] == pytest.approx(1e-4)
+    assert rates[1625] == pytest.approx(1e-4 + 9e-4 * 0.5) and rates[1500:] == sorted(rates[1500:], reverse=True)
+
+
+def test_the_average_is_what_is_evaluated(settings, tmp_path):
+    """Its own weights go on as without it; best.pt has the average; a resumed run has the same bits."""
+    plain = training.prepare(chosen(settings), None)
+    state = training.prepare(chosen(settings, "ema=0.9"), None)
+    average = [p.detach().clone() for p in state.model.parameters()]
+    for _ in range(3):
+        training.timed_step(plain)
+        training.timed_step(state)
+        for mean, p in zip(average, state.model.parameters(), strict=True):
+            mean.lerp_(p.detach(), 1 - 0.9)
+    assert same_weights(plain.model, state.model)
+    with state.learner.averaged():
+        assert all(map(torch.equal, average, state.model.parameters()))
+    assert same_weights(plain.model, state.model)
+    result = train(chosen(settings, "ema=0.9", "steps=8", "eval_every=4", "name=a"), quiet=True)
+    best, last = (load(tmp_path / "a", name) for name in (BEST, LAST))
+    for i, name in enumerate(name for name, _ in state.model.named_parameters()):
+        assert result["best_step"] != 8 or torch.equal(best["model"][name], last["average"][i])
+        assert not torch.equal(best["model"][name], last["model"][name])
+    more = training.resume(tmp_path / "a", ["steps=12"], quiet=True)
+    straight = train(chosen(settings, "ema=0.9", "steps=12", "eval_every=4", "name=b", "schedule=wsd"), quiet=True)
+    assert more["step"] == straight["step"] == 12
+
+
+def test_a_spike_keeps_its_text(settings, tmp_path, monkeypatch, capsys):
+    real = optimize.loss_of
+
+    def spoil(model, config, x, y, seed=None):
+        loss = real(model, config, x, y, seed)
+        return loss * 5 if loss.requires_grad and len(done) == 110 else loss
+
+    done = []
+    take = training.timed_step
+    monkeypatch.setattr(training, "timed_step", lambda state: (take(state), done.append(0))[0])
+    monkeypatch.setattr(optimize, "loss_of", spoil)
+    train(chosen(settings, "steps=120", "eval_every=120", "name=a", "lr=1e-4", "min_lr=1e-4"))
+    out = capsys.readouterr().out
+    assert out.count("is usual; its text is kept in") == 1 and f"{tmp_path}/a/step-111.json" in out
+    kept = json.loads((tmp_path / "a" / "step-111.json").read_text())
+    assert kept["loss"] > 4 * kept["usual"] and len(kept["texts"]) == 8 and len(kept["tokens"][0]) == 17
+
+
+def test_what_is_a_spike():
+    spikes = Spikes()
+    losses = [3.0 + 0.1 * (-1) ** i for i in range(100)]
+    assert not any(spikes.usual(loss) for loss in [9.0, *losses, 3.2])  # at the start, everything falls
+    assert spikes.usual(4.5) == pytest.approx(3.0, abs=0.1) and spikes.usual(3.1) is None
+    last = Spikes(spikes.recent.copy(), found=9)
+    assert [last.usual(9.0) is None for _ in range(2)] == [False, True]  # a run keeps ten

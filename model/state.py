@@ -1,0 +1,146 @@
+"""What a run carries from step to step, and how it begins: device, data, model, and a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import report
+from model.checkpoint import build_model, holds_run
+from model.config import Config
+from model.data import CharTokenizer, Dataset, load_dataset
+from model.fast import FastGPT, Model
+from model.guard import Spikes
+from model.memory import activation_bytes, largest_micro, state_bytes
+from model.optimize import Learner, Outcome
+from model.precision import DTYPES, choose_dtype
+
+
+@dataclass
+class State:
+    """What a run carries from step to step."""
+
+    config: Config
+    dataset: Dataset
+    learner: Learner
+    device: torch.device
+    folder: Path
+    step: int = 0
+    best_step: int = 0
+    best_val_loss: float = math.inf
+    step_ms: list[float] = field(default_factory=list)
+    spikes: Spikes = field(default_factory=Spikes)
+    unread: list[Outcome] = field(default_factory=list)
+    unread_since: float = 0.0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    sample: str = ""
+
+    @property
+    def model(self) -> Model:
+        """The model in training."""
+        return self.learner.model
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """The backend of every operator, none for the reference model; raises where one cannot run."""
+        return backends_of(self.model, self.config)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.sequences * self.config.model.context
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether the step just made is one to evaluate after."""
+        t = self.config.train
+        return self.step % t.eval_every == 0 or self.step == t.steps
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting means; raises where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"device={name} needs a GPU, but torch {torch.__version__} finds none here: use device=cpu")
+    return torch.device(name)
+
+
+def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None) -> State:
+    """Data, model and optimizer of a configuration, before the first step; earlier is a checkpoint to go on from."""
+    t = config.train
+    if t.threads:
+        torch.set_num_threads(t.threads)
+    device = choose_device(t.device)
+    tokenizer, expected = (CharTokenizer(earlier["characters"]), earlier["data_sha256"]) if earlier else (None, None)
+    dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
+    wanted, needed = config.model.vocab_size, len(dataset.tokenizer)
+    if wanted and wanted < needed:
+        raise ValueError(f"vocab_size must be at least the data's {needed} characters, got {wanted}: leave it 0")
+    model_config = dataclasses.replace(config.model, vocab_size=wanted or needed)
+    # Resolved once: a run that goes on elsewhere computes as it began.
+    train_config = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
+    config = Config(model_config, train_config)
+    torch.backends.cuda.matmul.allow_tf32 = t.tf32
+    torch.manual_seed(t.seed)
+    model = build_model(config).to(device)
+    # A backend that cannot run here raises now, not in the first step.
+    learner = Learner(config, model, first_micro(config, model, device))
+    state = State(config, dataset, learner, device, folder)
+    if earlier:
+        state.learner.restore(earlier)
+        torch.set_rng_state(earlier["random_state"])
+        state.step, state.best_step, state.best_val_loss = (earlier[k] for k in ("step", "best_step", "best_val_loss"))
+    return state
+
+
+def backends_of(model: Model, config: Config) -> dict[str, str]:
+    """The backend of every operator of a model; raises where one cannot run."""
+    return model.backends(DTYPES[config.train.dtype]) if isinstance(model, FastGPT) else {}
+
+
+def first_micro(config: Config, model: Model, device: torch.device) -> int:
+    """Sequences of a forward: the setting, or as many as should fit."""
+    backends, micro = backends_of(model, config), config.train.micro_batch
+    if micro != "auto":
+        return int(micro)
+    if device.type != "cuda":
+        return config.sequences
+    parameters = report.count_parameters(model)
+    # The weights are there already.
+    room = torch.cuda.mem_get_info(device)[0] - state_bytes(config, parameters) + 4 * parameters
+    return largest_micro(config, config.sequences, room, backends)
+
+
+def run_folder(config: Config, label: str) -> Path:
+    """A new folder for a run: out/name, or out/label-time; raises when a named one holds a run, or none can be made."""
+    t = config.train
+    stem, attempt = t.name or f"{label or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    folder = Path(t.out) / stem
+    if t.name and holds_run(folder):
+        raise ValueError(f"{folder} holds a run: resume it with `train --resume {folder}`, or choose another name=")
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(t.name))
+            return folder
+        except FileExistsError as error:
+            if t.name:
+                raise RuntimeError(f"{folder} must be a folder, but a file is there: choose another name=") from error
+            attempt += 1
+            folder = Path(t.out) / f"{stem}-{attempt}"
+        except OSError as error:
+            raise RuntimeError(f"cannot make the run folder {folder}: {error.strerror}: choose another out=") from error
+
+
+def estimated_bytes(state: State) -> int:
+    """The memory of a step as it was expected."""
+    kept = activation_bytes(state.config, state.learner.micro, state.backends)
+    return kept + state_bytes(state.config, report.count_parameters(state.model))

@@ -1,0 +1,154 @@
+"""Memory: micro batches that are made smaller, what is computed again, the estimate."""
+
+import pytest
+import torch
+from training_case import chosen, gradients, same_weights, small_settings, some_batch
+
+from model import memory, optimize
+from model import train as training
+from model.checkpoint import build_model, load
+from model.config import resolve
+from model.evaluate import loss_of
+from model.memory import activation_bytes
+from model.optimize import Learner
+from model.recompute import recompute
+from model.train import train
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return small_settings(tmp_path)
+
+
+def out_of_memory_above(monkeypatch, limit, from_call=0):
+    """Let forwards of more than so many sequences run out of memory."""
+    real, calls = optimize.loss_of, []
+
+    def tight(model, config, x, y, seed=None):
+        calls.append(len(x))
+        loss = real(model, config, x, y, seed)
+        if len(x) > limit and len(calls) > from_call:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more of a message")
+        return loss
+
+    monkeypatch.setattr(optimize, "loss_of", tight)
+    return calls
+
+
+@pytest.mark.parametrize("from_call", [0, 4], ids=["first step", "later step"])
+def test_what_does_not_fit_is_made_in_smaller_parts(settings, tmp_path, monkeypatch, capsys, from_call):
+    """Eight sequences, then four, then two: no step is lost, and none is made twice."""
+    if not from_call:
+        whole = train(chosen(settings, "micro_batch=2", "name=two"), quiet=True)
+    else:
+        whole = train(chosen(settings, "name=all"), quiet=True)
+    calls = out_of_memory_above(monkeypatch, 2, from_call)
+    result = train(chosen(settings, "name=auto"))
+    assert "micro batches of 8 do not fit into memory: going on with 4\n" in capsys.readouterr().out
+    assert calls == [8] * from_call + [8, 4] + [2] * 4 * (12 - from_call) and load(tmp_path / "auto")["micro"] == 2
+    assert result["val_loss"] == (whole["val_loss"] if not from_call else pytest.approx(whole["val_loss"], rel=1e-5))
+
+
+def test_half_of_an_accumulated_gradient_is_thrown_away(settings, monkeypatch):
+    """The second of two micro batches does not fit: the first one's gradient must not count twice."""
+    states = [training.prepare(chosen(settings), None) for _ in range(2)]
+    states[0].learner.micro, states[1].learner.micro = 2, 4
+    real, calls = optimize.loss_of, []
+
+    def second_fails(*args):
+        calls.append(0)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args)
+
+    training.timed_step(states[0])
+    calls.clear()
+    monkeypatch.setattr(optimize, "loss_of", second_fails)
+    calls += [0] * 4
+    training.timed_step(states[1])
+    assert len(calls) == 10 and states[1].learner.micro == 2 and same_weights(states[0].model, states[1].model)
+
+
+def test_what_never_fits_is_told(settings, monkeypatch):
+    out_of_memory_above(monkeypatch, 0)
+    message = (
+        r"micro_batch={} does not fit into memory \(tried to allocate 2.00 GiB\): set micro_batch=auto or smaller, "
+    )
+    for micro, last in (("auto", 1), ("4", 4)):
+        with pytest.raises(RuntimeError, match=message.format(last)):
+            train(chosen(settings, f"micro_batch={micro}"), quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["fast", "reference"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_computed_again_has_the_same_bits(settings, kind, dtype):
+    results = []
+    for mode in ("none", "selective", "full"):
+        config = chosen(
+            settings, f"recompute={mode}", f"model={kind}", f"dtype={dtype}", "dropout=0.1", "vocab_size=40"
+        )
+        torch.manual_seed(0)
+        learner = Learner(config, build_model(config), 8)
+        x, y = some_batch(30, False)
+        results.append(gradients(learner, x, y, 4))
+    for name, plain in results[0].items():
+        assert all(torch.equal(plain, other[name]) for other in results[1:]), name
+
+
+def kept_bytes(config):
+    """What a forward of 12 sequences keeps for its backward, and the estimate of it."""
+    model = build_model(config)
+    recompute(model, config.train.recompute)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+        return tensor
+
+    x = torch.randint(65, (12, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss_of(model, config, x, x)
+    backends = model.backends() if config.train.model == "fast" else {}
+    return sum(size for size, _ in kept.values()), activation_bytes(config, 12, backends)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_estimate_of_kept_activations(dtype, backend):
+    config, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", "vocab_size=65", "n_layer=2"])
+    truth, guess = kept_bytes(config)
+    # Beside bf16 on plain PyTorch, which keeps a mixture of both dtypes that the estimate takes for fp32.
+    assert 0.9 * truth < guess < (1.8 if (dtype, backend) == ("bf16", "reference") else 1.1) * truth
+
+
+def test_the_estimate_of_what_recompute_leaves():
+    """Of two depths, so that the layer that a backward holds meanwhile cancels; selective is by operator in a dict of its own."""
+    layers = []
+    for count in (2, 4):
+        config, _ = resolve("shakespeare-cpu", ["recompute=full", "vocab_size=65", f"n_layer={count}"])
+        layers.append(kept_bytes(config))
+    truth, guess = (b - a for a, b in zip(*layers, strict=True))
+    assert guess == pytest.approx(truth, rel=0.02)
+    sizes = [activation_bytes(resolve("shakespeare", [f"recompute={mode}", "vocab_size=65"])[0], 64, {"linear": "cpu"})
+             for mode in ("none", "selective", "full")]  # fmt: skip
+    assert sizes[0] > 1.2 * sizes[1] > 1.5 * sizes[2]
+
+
+def test_the_first_micro_batch_is_what_should_fit():
+    config, _ = resolve("gpt2-124m")
+    backends = {"linear": "triton"}
+    one = activation_bytes(config, 1, backends)
+    assert [memory.largest_micro(config, 512, int(room * one), backends) for room in (0.5, 2, 25, 1e6)] == [
+        1,
+        1,
+        16,
+        512,
+    ]
