@@ -57,6 +57,7 @@ def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:
             ("", "p20-p80", *(f"{milliseconds(f['ms_p20'])}-{milliseconds(f['ms_p80'])}" for f in of)),
             *against_lines(case, timed, row),
             ("", "GFLOP/s", *(rate(f["gflops"]) for f in of)),
+            ("", "GB/s", *(rate(f["gbps"]) for f in of)),
             ("", "% of matmul", *(f"{f['matmul_roof_percent']:.0f}" for f in of)),
             ("", "% of roofline", *(f"{f['roofline_percent']:.0f}" for f in of)),
         ]
