@@ -86,13 +86,18 @@ class OpColumn:
         self.inputs = tuple(inputs)
         self.doutputs = tuple(doutputs)
         self.clock = clock
-        self.leaves = [x for x in inputs if x.requires_grad]
         self.clear()
 
     def clear(self) -> None:
-        """Give back what a run has made."""
+        """Give back what a run has made, and make the leaves anew.
+
+        Autograd expects a leaf's gradient on the stream where it was first used, as long as anybody holds what came of
+        it: another stream would wait for that one, which ends a capture.
+        """
         self.outputs: tuple[Tensor, ...] | None = None
         self.gradients: tuple[Tensor, ...] | None = None
+        self.inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in self.inputs)
+        self.leaves = [x for x in self.inputs if x.requires_grad]
 
     def forward(self) -> None:
         """The outputs."""
