@@ -45,7 +45,7 @@ def powers(low: int, high: int) -> list[int]:
 
 SWEEPS = {
     "cpu": {
-        "T": (Sweep("attention", "T", powers(128, 8192), {"B": 1, "H": 4, "D": 64}),),
+        "T": (Sweep("attention", "T", powers(128, 8192), {"B": 1, "H": 2, "D": 64}),),
         "width": (
             Sweep("layer_norm", "C", powers(128, 4096), {"N": 2048}),
             Sweep("mlp", "C", powers(128, 2048), {"N": 512}),

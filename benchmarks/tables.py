@@ -155,6 +155,12 @@ def remarks(case: Mapping) -> list[str]:
         ]
         if losses:
             lines.append(f"{ours} {LOSES} to: {', '.join(losses)}")
+    compared, shape = case.get("logits_compared", 0), case.get("shape", {})
+    if 0 < compared < shape["B"] * shape["T"]:
+        lines.append(
+            f"logits are compared of {compared} of {shape['B'] * shape['T']} tokens, losses and gradients of all: whole logits "
+            f"are {8 * shape['B'] * shape['T'] * shape['V'] / 1e9:.1f} GB in float64"
+        )
     return [f"as near to float64 as plain PyTorch in this dtype: {', '.join(passed) or 'none'}", *lines]
 
 
