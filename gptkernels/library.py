@@ -19,9 +19,11 @@ SIMT = torch.library.Library("gptkernels_simt", "DEF")
 NAMES: list[str] = []
 # Kernels of both CUDA libraries that Python calls between products of torch's, or chooses instead of them
 # (gptkernels/ops/<op>/cuda.py). cross_entropy_count gives (targets that count, targets out of range), cross_entropy_rows
-# the rows' losses; gelu_backward turns dg into dh and gives g and the sums of dh's columns in like's dtype.
+# the rows' losses; column_sums are dy's, in like's dtype; gelu_backward turns dg into dh and gives g and the sums of dh's
+# columns.
 KERNELS = torch.library.Library("gptkernels_kernels", "DEF")
 for _schema in (
+    "column_sums(Tensor dy, Tensor like) -> Tensor",
     "gelu(Tensor h, bool tanh) -> Tensor",
     "gelu_backward(Tensor(a!) dg, Tensor h, Tensor like, bool tanh, bool sums) -> (Tensor, Tensor)",
     "cross_entropy_count(Tensor targets, int ignore_index, int vocab_size) -> Tensor",

@@ -34,6 +34,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
     return {dx, dweight, bias_gradient(dy, weight, C_out, has_bias, scope.stream)};
 }
 
+// The sums of dy's columns, in like's dtype.
+Tensor column_sums(const Tensor& dy, const Tensor& like) {
+    DeviceScope scope(dy);
+    return bias_gradient(dy, like, dy.size(dy.dim() - 1), true, scope.stream);
+}
+
 }  // namespace
 
 bool tf32_allowed() { return tf32_source && tf32_source(); }
@@ -48,4 +54,5 @@ extern "C" __attribute__((visibility("default"))) void gptkernels_tf32_source(bo
 GPTKERNELS_KERNELS(m) {
     m.impl("linear_forward", TORCH_BOX(&gptkernels::linear_forward));
     m.impl("linear_backward", TORCH_BOX(&gptkernels::linear_backward));
+    m.impl("column_sums", TORCH_BOX(&gptkernels::column_sums));
 }

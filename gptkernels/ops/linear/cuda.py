@@ -41,7 +41,7 @@ def bias_gradient(dy: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     """The sums of dy's columns in weight's dtype, empty if they are not wanted."""
     if not wanted:
         return weight.new_empty((0,))
-    return dy.sum(0, dtype=torch.float32).to(weight.dtype)
+    return KERNELS.column_sums(dy.contiguous(), weight)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

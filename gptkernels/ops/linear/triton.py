@@ -298,11 +298,11 @@ def multiply(
     b_along_k: bool = False,
     gemm: str | None = None,
 ) -> None:
-    """out = A B + bias, factors as in prepare(), by `gemm` or what choose() says; by cuBLAS only in one dtype."""
+    """out = A B + bias, factors as in prepare(), by `gemm` or what choose() says."""
     device = a.device
     if gemm is None:
         gemm = choose("plain", *product_sizes(a, b, a_along_k, b_along_k), a.dtype, device)
-    if out.dtype == a.dtype and gemm == "cublas":
+    if gemm == "cublas":
         cublas(a if a_along_k else a.t(), b.t() if b_along_k else b, bias, out)
     else:
         grid, factors, sizes, constants = prepare(a, b, a_along_k, b_along_k)
@@ -315,9 +315,11 @@ def product_sizes(a: Tensor, b: Tensor, a_along_k: bool, b_along_k: bool) -> tup
 
 
 def cublas(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = a b + bias by torch; cuBLAS has a bias in its epilogue too."""
+    """out = a b + bias by torch; cuBLAS has a bias in its epilogue too. Without one, out may be float32 beside 16-bit factors."""
     out = out.view(a.shape[0], b.shape[1])
-    if bias is None:
+    if out.dtype != a.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif bias is None:
         torch.mm(a, b, out=out)
     else:
         torch.addmm(bias.to(a.dtype), a, b, out=out)
