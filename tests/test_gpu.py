@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import CUDA, GPU, check_equal, largest, results
+from oracle import CUDA, GPU, check_against_oracle, check_equal, largest, results
 from test_attention import attention_inputs
 from test_cross_entropy import cross_entropy_inputs
 from test_layer_norm import all_inputs
@@ -98,6 +98,23 @@ def test_compile(backend, op, inputs):
     given = inputs(torch.bfloat16)
     wanted, douts = results(call, given)
     check_equal(results(torch.compile(lambda **kw: call(**kw), fullgraph=True), given, douts)[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, F_width", [((130, 64), 256), ((513, 200), 328), ((7, 24), 40), ((300, 33), 65)])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_triton_products(monkeypatch, dtype, shape, F_width, approximate):
+    """Triton's own products, which choose() leaves to cuBLAS on many GPUs."""
+    for module in ("linear", "mlp"):
+        monkeypatch.setattr(f"gptkernels.ops.{module}.triton.choose", lambda *_: "triton")
+    torch.set_default_device("cuda")
+    try:
+        inputs = partial(mlp_inputs, shape, F_width, dtype)
+        check_against_oracle(partial(gelu_mlp, approximate=approximate), inputs, "triton")
+        wider = partial(mlp_inputs, shape, F_width, dtype, weight_dtype=torch.float32)
+        check_against_oracle(partial(gelu_mlp, approximate=approximate), wider, "triton")
+    finally:
+        torch.set_default_device(None)
 
 
 LARGE = {  # more than 2^31 elements in 16 bits, and the last of them computed alone
