@@ -7,23 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.config import Config, build, flatten
-from model.data import CharTokenizer, Dataset
+from model.data import Dataset
 from model.fast import FastGPT, Model
 from model.files import write_atomically
+from model.hf import PREFIX, load_hf
+from model.lora import add_lora, merge_lora
 from model.optimize import Learner
 from model.reference import GPT
+from model.tokenizer import Tokenizer, restored
 
-FORMAT = 1
+FORMAT = 2
 LAST, BEST = "last.pt", "best.pt"
 
 
-def build_model(config: Config) -> Model:
-    """The model that a configuration asks for, with weights from torch's global random state."""
-    if config.train.model == "reference":
-        return GPT(config.model)
-    return FastGPT(config.model, backend=config.train.backend)
+def build_model(config: Config, weights: dict[str, Tensor] | None = None) -> Model:
+    """The model that a configuration asks for, with the given weights or new ones from torch's global random state."""
+    reference = config.train.model == "reference"
+    model = GPT(config.model) if reference else FastGPT(config.model, backend=config.train.backend)
+    if weights is not None:
+        model.load_state_dict(weights)
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    return model
 
 
 def save_atomically(payload: dict[str, Any], path: Path) -> None:
@@ -39,7 +47,7 @@ def pack(config: Config, dataset: Dataset, learner: Learner, progress: dict[str,
     return {
         "format": FORMAT,
         "config": flatten(config),
-        "characters": dataset.tokenizer.characters,
+        "tokenizer": dataset.tokenizer.state,
         "data_sha256": dataset.sha256,
         **learner.pack(),
         "random_state": torch.get_rng_state(),
@@ -74,10 +82,16 @@ def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
     return dict(payload)
 
 
-def load_model(run: str | Path, which: str | None = None) -> tuple[Model, CharTokenizer, Config]:
-    """The trained model of a run in eval mode, its tokenizer and its configuration; `which` as in load."""
+def load_model(run: str | Path, which: str | None = None) -> tuple[Model, Tokenizer, Config]:
+    """The trained model of a run in eval mode, its tokenizer and its configuration; `which` as in load.
+
+    LoRA is merged into the weights. hf:FOLDER is a GPT-2 as transformers saves it.
+    """
+    if str(run).startswith(PREFIX):
+        return load_hf(str(run))
     payload = load(run, which)
     config = build(payload["config"])
     model = build_model(config)
     model.load_state_dict(payload["model"])
-    return model.eval(), CharTokenizer(payload["characters"]), config
+    merge_lora(model)
+    return model.eval(), restored(payload["tokenizer"]), config

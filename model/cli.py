@@ -28,10 +28,24 @@ examples:
 
 TRAIN_HELP = """\
 Settings are key=value, after a preset and over it; --print-config lists every key with its meaning. Among them:
-  data=shakespeare | shakespeare:PATH_OR_URL | python | FILE | FOLDER     model=fast | reference
+  data=shakespeare | shakespeare:PATH_OR_URL | english | python | FILE | FOLDER | SHARDS     model=fast | reference
   pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16 | fp16    backend=auto | cpu | reference
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, loss.svg, samples.txt, last.pt and best.pt.
 Ctrl-C saves and says how to resume.
+"""
+
+
+DATA_HELP = """\
+SOURCE: shakespeare | shakespeare:PATH_OR_URL | english | python | FILE | FOLDER, or a folder of shards to check and describe
+examples:
+  gptkernels data english --tokenizer bpe --vocab 4096     22 MB of English, fetched; then train data=data/english-bpe4096
+  gptkernels data FOLDER --tokenizer gpt2:vocab.bpe        any UTF-8 files, more than memory holds too; GPT-2's own tokens
+"""
+
+
+CONVERT_HELP = """\
+TARGET: hf:FOLDER for transformers' GPT2LMHeadModel.from_pretrained, or FILE.safetensors, a state_dict in nn.Linear's layout
+sample and check take hf:FOLDER as well; train begins from it with init=hf:FOLDER. A file does not tell n_head: add n_head=12.
 """
 
 
@@ -77,8 +91,17 @@ def make_parser() -> Parser:
     sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     sub.add_argument("--last", action="store_true", help="the last checkpoint instead of the best one")
 
-    text = "show the text that a data= setting means (default shakespeare), fetching it if need be"
-    command("data", text, data_command, "[SOURCE]")
+    text = "show the text that a data= setting means (default shakespeare), or make token shards of it"
+    sub = command("data", text, data_command, "[SOURCE]", DATA_HELP)
+    text = "make shards with this: bpe, gpt2:PATH_OR_URL, or a tokenizer.json, a merges file or a folder with one"
+    sub.add_argument("--tokenizer", metavar="NAME", default="", help=text)
+    sub.add_argument("--vocab", type=int, default=4096, help="tokens of a BPE trained here (default 4096)")
+    sub.add_argument("--val-fraction", type=float, default=0.01, help="share of each document's end (default 0.01)")
+    sub.add_argument("--out", default="", help="the new folder (default data/SOURCE-TOKENIZER)")
+    text = (
+        "put weights into another form: SOURCE is a run, a file of weights or hf:FOLDER (as transformers saves a GPT-2)"
+    )
+    command("convert", text, convert_command, "SOURCE TARGET [key=value]", CONVERT_HELP)
     command("check", "is the fast model the same function as the reference?", passed_on, "")
     command(
         "kernels", "Triton's kernels compiled for GPUs, without one: registers, spills, tensor cores", passed_on, ""
@@ -124,10 +147,9 @@ def train_command(args: argparse.Namespace) -> int:
 
 def sample_command(args: argparse.Namespace) -> int:
     """`sample`: the prompt and what the model makes of it, written as it comes."""
-    import torch
-
     from model.checkpoint import LAST, load_model
     from model.generate import check_sampling, generate
+    from model.tokenizer import END_OF_TEXT
 
     as_usage(check_sampling, args.temperature, args.top_k, args.top_p)
     if args.tokens < 1:
@@ -137,23 +159,36 @@ def sample_command(args: argparse.Namespace) -> int:
     model, tokenizer, _ = load_model(args.words[0], LAST if args.last else None)
     text = args.words[1] if len(args.words) == 2 else tokenizer.start
     prompt = as_usage(tokenizer.encode, text)
+    text = text.removeprefix(END_OF_TEXT)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     sys.stdout.write(text)
+    text_of = tokenizer.decoder()
     for token in generate(model, prompt, args.tokens, vocabulary=len(tokenizer), **sampling):
-        sys.stdout.write(tokenizer.decode(torch.tensor([token])))
+        sys.stdout.write(text_of(token))
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
 
 
 def data_command(args: argparse.Namespace) -> int:
-    """`data`: what a text is, and its beginning."""
-    from model.data import CharTokenizer, load_text
-    from model.shakespeare import cache_folder
+    """`data`: what a text is, and its beginning; or token shards, made or checked."""
+    from model.data import load_text
+    from model.fetch import cache_folder
+    from model.prepare import prepare, summary
+    from model.shards import holds_shards
+    from model.tokenizer import CharTokenizer
 
     if len(args.words) > 1:
         raise UsageError(f"data takes one source, got {len(args.words)}")
-    text = load_text(*args.words or ["shakespeare"])
+    source = (args.words or ["shakespeare"])[0]
+    if args.tokenizer or holds_shards(Path(source)):
+        made = (
+            prepare(source, args.tokenizer, args.vocab, args.out, args.val_fraction) if args.tokenizer else Path(source)
+        )
+        print(summary(made))
+        print(f"\ntrain on it: gptkernels train PRESET data={made}")
+        return 0
+    text = load_text(source)
     characters = CharTokenizer.of_text(text.text).characters
     print(f"source      {text.source}")
     print(f"size        {len(text.text):,} characters, {text.text.count(chr(10)):,} lines")
@@ -161,6 +196,17 @@ def data_command(args: argparse.Namespace) -> int:
     print(f"sha256      {text.sha256}")
     print(f"cache       {cache_folder()}")
     print(f"\n{text.text[:400]}")
+    return 0
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """`convert`."""
+    from model.convert import convert
+
+    places = [word for word in args.words if "=" not in word]
+    if len(places) != 2:
+        raise UsageError(f"convert takes SOURCE and TARGET, got {len(places)} words (see gptkernels convert --help)")
+    print(convert(places[0], places[1], [word for word in args.words if "=" in word]))
     return 0
 
 

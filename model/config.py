@@ -27,7 +27,8 @@ def key(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
 class ModelConfig:
     """The shape of a GPT: everything that decides which parameters exist and what the forward computes."""
 
-    vocab_size: int = key(0, "tokens in the vocabulary V; 0 takes it from the data")
+    vocab_size: int = key(0, "rows V of the token table; 0 takes the data's tokens, of BPE up to a multiple of 64")
+    words: int = key(0, "rows that are tokens, the others are never a target or sampled; 0 takes the data's tokens")
     context: int = key(64, "tokens the model sees at once, T")
     n_layer: int = key(4, "transformer blocks L")
     n_head: int = key(4, "attention heads H")
@@ -44,6 +45,10 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.vocab_size >= 0, f"vocab_size must be 0 (from the data) or positive, got {self.vocab_size}")
         require(
+            0 <= self.words <= (self.vocab_size or self.words),
+            f"words must be from 0 (from the data) to vocab_size, got {self.words} and {self.vocab_size}",
+        )
+        require(
             self.n_embd % self.n_head == 0,
             f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}: change one of them",
         )
@@ -53,13 +58,21 @@ class ModelConfig:
             f"pos=sinusoidal pairs sines with cosines and needs an even n_embd, got {self.n_embd}",
         )
 
+    @property
+    def outputs(self) -> int:
+        """How many logits there are: the rows of the head that are tokens."""
+        return self.words or self.vocab_size
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained: data, optimizer, schedule, evaluation, and what runs it."""
 
-    data: str = key("shakespeare", "shakespeare, shakespeare:PATH_OR_URL, python, or a UTF-8 file or folder")
-    val_fraction: float = key(0.1, "share of the text, at its end, kept for validation")
+    data: str = key(
+        "shakespeare", "shakespeare, shakespeare:PATH_OR_URL, english, python, a UTF-8 file or folder, or token shards"
+    )
+    init: str = key("", "begin with the weights and shape of hf:FOLDER, a GPT-2 as transformers saves it, or of a file")
+    val_fraction: float = key(0.1, "share of the text, at its end, kept for validation; token shards have their own")
     steps: int = key(2000, "optimizer steps")
     batch: int = key(12, "sequences a step, B, on all devices together")
     batch_tokens: int = key(0, "tokens a step instead of batch, a multiple of context; 0 means batch * context")
@@ -128,11 +141,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Training of low-rank differences alone (model/lora.py)."""
+
+    rank: int = key(
+        0, "train a difference of this rank in attention's and MLP's projections, nothing else; 0: everything"
+    )
+    alpha: float = key(16.0, "the difference is multiplied by alpha / rank")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.rank >= 0, f"rank must be 0 (no LoRA) or positive, got {self.rank}")
+        require(self.alpha > 0, f"alpha must be positive, got {self.alpha}")
+
+
+@dataclass(frozen=True)
 class Config:
     """A model and how to train it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         tokens, context, micro = self.train.batch_tokens, self.model.context, self.train.micro_batch
@@ -152,7 +181,7 @@ class Config:
         return self.train.batch_tokens // self.model.context or self.train.batch
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}
+SECTIONS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "lora": LoraConfig}
 
 
 def require(holds: bool, message: str) -> None:
@@ -268,7 +297,7 @@ def read_preset(preset: str) -> dict[str, Any]:
         raise ValueError(f"no preset {preset!r}: choose {', '.join(preset_names())}, or the path of a .toml file")
     settings = {}
     for section, table in read_toml(path).items():
-        require(isinstance(table, dict), f"{path}: {section} must stand in a [model] or [train] table")
+        require(isinstance(table, dict), f"{path}: {section} must stand in a [model], [train] or [lora] table")
         for name, value in table.items():
             full = full_key(f"{section}.{name}")
             # TOML's 1 is an int; a float setting takes it, and one of a word or a number as well.
@@ -283,7 +312,7 @@ def build(settings: dict[str, Any]) -> Config:
     for name, value in settings.items():
         section, short = full_key(name).split(".")
         sections[section][short] = value
-    return Config(ModelConfig(**sections["model"]), TrainConfig(**sections["train"]))
+    return Config(**{name: cls(**sections[name]) for name, cls in SECTIONS.items()})
 
 
 def resolve(preset: str = "", overrides: list[str] | tuple[str, ...] = ()) -> tuple[Config, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""From a text to batches: sources, character tokenizer, train and validation split, random and complete windows.
+"""From a text or token shards to batches: sources, train and validation split, random and complete windows.
 
 A batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that it would have seen.
 """
@@ -8,15 +8,22 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.shakespeare import Unreachable, nine_plays, sha256, tiny_shakespeare
+from model.config import ModelConfig
+from model.english import english
+from model.fetch import Unreachable, sha256
+from model.shakespeare import nine_plays, tiny_shakespeare
+from model.shards import TOKENIZER, Shards, holds_shards, read_manifest
+from model.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, read_bpe
 
 PYTHON_TEXT_BYTES = 1_000_000
+# A GPU multiplies by a table of so many rows, or a multiple, in whole tiles.
+TILE = 64
 
 
 @dataclass(frozen=True)
@@ -28,48 +35,17 @@ class Text:
     sha256: str
 
 
-class CharTokenizer:
-    """One token a character: the sorted set of a text's characters."""
-
-    def __init__(self, characters: str) -> None:
-        self.characters = characters
-        self.ids = {c: i for i, c in enumerate(characters)}
-
-    @classmethod
-    def of_text(cls, text: str) -> CharTokenizer:
-        """The tokenizer that knows exactly a text's characters."""
-        return cls("".join(sorted(set(text))))
-
-    def __len__(self) -> int:
-        return len(self.characters)
-
-    @property
-    def start(self) -> str:
-        """What a text without a prompt begins after: a line break, or the first character where the texts have none."""
-        return "\n" if "\n" in self.ids else self.characters[0]
-
-    def encode(self, text: str) -> Tensor:
-        """(len(text),) int64; ValueError naming the first character that the vocabulary lacks."""
-        try:
-            return torch.tensor([self.ids[c] for c in text], dtype=torch.int64)
-        except KeyError as error:
-            raise ValueError(
-                f"character {error.args[0]!r} is not in the vocabulary of {len(self)}: "
-                f"use only {self.characters!r}, or train on a text that has it"
-            ) from None
-
-    def decode(self, tokens: Tensor) -> str:
-        """The text of a 1-d tensor of tokens."""
-        return "".join(self.characters[i] for i in tokens.tolist())
+# A whole sequence of tokens: (n,) int64 in memory, or on disk.
+Tokens = Tensor | Shards
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A text as tokens, train (n,) and val (m,) int64, with its tokenizer."""
+    """A text as tokens, train and val, with its tokenizer."""
 
-    train: Tensor
-    val: Tensor
-    tokenizer: CharTokenizer
+    train: Tokens
+    val: Tokens
+    tokenizer: Tokenizer
     source: str
     sha256: str
 
@@ -85,6 +61,8 @@ def load_text(name: str) -> Text:
         except Unreachable as error:
             text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
             print(f"gptkernels: Shakespeare cannot be fetched ({error}): using the {source} instead", file=sys.stderr)
+    elif name == "english":
+        text, source = "\n".join(english()), "English: the GCIDE dictionary and Shakespeare's plays"
     elif name == "python":
         text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
     else:
@@ -102,7 +80,10 @@ def read_files(path: Path) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} must be UTF-8 text, but byte {error.start} is not: convert it first") from None
     if not path.is_dir():
-        raise ValueError(f"data must be shakespeare, python, or a file or folder that exists, got {str(path)!r}")
+        raise ValueError(
+            f"data must be shakespeare, english, python, or a file or folder that exists, got {str(path)!r} (token shards "
+            "are made with  gptkernels data SOURCE --tokenizer bpe)"
+        )
     texts, skipped = [], 0
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
@@ -146,30 +127,73 @@ def python_pieces(library: Path) -> Iterator[str]:
 
 
 def load_dataset(
-    name: str, val_fraction: float, context: int, tokenizer: CharTokenizer | None = None, expected: str | None = None
+    name: str, val_fraction: float, context: int, tokenizer: Tokenizer | None = None, expected: str | None = None
 ) -> Dataset:
-    """The text `name` as tokens, its last part for validation.
+    """The text `name` as tokens, its last part for validation; or a folder of token shards, which has its own split.
 
     An earlier run's tokenizer is used if given; expected is the sha256 that the text must have, if any.
     """
-    text = load_text(name)
-    if expected not in (None, text.sha256):
-        raise ValueError(
-            f"the text must be the one that the run began with (sha256 {str(expected)[:12]}), got {text.sha256[:12]} from "
-            f"{text.source}: restore it, name its place with data=, or train a new run"
-        )
-    tokenizer = tokenizer or CharTokenizer.of_text(text.text)
-    tokens = tokenizer.encode(text.text)
-    # nanoGPT's rounding of the split: int(0.9 n) characters to train on.
-    cut = int(len(tokens) * (1.0 - val_fraction))
-    train, val = tokens[:cut], tokens[cut:]
-    for part, what in ((train, "training"), (val, "validation")):
+    if holds_shards(folder := Path(name).expanduser()):
+        data = shard_dataset(folder, expected)
+    elif isinstance(tokenizer, BpeTokenizer):
+        raise ValueError(f"data must be the token shards that the run was trained on, got {name}: name their folder")
+    else:
+        data = character_dataset(name, val_fraction, tokenizer, expected)
+    if tokenizer is not None and tokenizer.state != data.tokenizer.state:
+        raise ValueError(f"{name} must have the run's own tokenizer, {tokenizer.description}, got another one")
+    for part, what in ((data.train, "training"), (data.val, "validation")):
         if len(part) < context + 2:
             raise ValueError(
                 f"the {what} part must hold at least context + 2 = {context + 2} tokens, got {len(part)} of {name}: "
                 "give a longer text, a smaller context, or another val_fraction"
             )
-    return Dataset(train, val, tokenizer, text.source, text.sha256)
+    return data
+
+
+def character_dataset(name: str, val_fraction: float, tokenizer: Tokenizer | None, expected: str | None) -> Dataset:
+    """A text as characters, numbered by an earlier run's tokenizer if given."""
+    text = load_text(name)
+    check_unchanged(expected, text.sha256, text.source)
+    tokenizer = tokenizer or CharTokenizer.of_text(text.text)
+    tokens = tokenizer.encode(text.text)
+    # nanoGPT's rounding of the split: int(0.9 n) characters to train on.
+    cut = int(len(tokens) * (1.0 - val_fraction))
+    return Dataset(tokens[:cut], tokens[cut:], tokenizer, text.source, text.sha256)
+
+
+def shard_dataset(folder: Path, expected: str | None = None) -> Dataset:
+    """The tokens of a folder of shards, each checked against the manifest, whose own hash is the dataset's."""
+    manifest, digest = read_manifest(folder)
+    source = f"{manifest['source']}, tokens in {folder}"
+    check_unchanged(expected, digest, source)
+    tokenizer = read_bpe(folder / TOKENIZER)
+    if sha256(tokenizer.state.encode("utf-8")) != manifest["tokenizer_sha256"]:
+        raise ValueError(
+            f"{folder / TOKENIZER} must be the tokenizer that made the shards, got another one: restore it"
+        )
+    train, val = (Shards(folder, manifest[part], manifest["dtype"]) for part in ("train", "val"))
+    return Dataset(train, val, tokenizer, source, digest)
+
+
+def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """A model's configuration for a tokenizer: its tokens are the words, and a large table is padded to whole tiles."""
+    words = len(tokenizer)
+    rows = config.vocab_size or (-(-words // TILE) * TILE if isinstance(tokenizer, BpeTokenizer) else words)
+    if rows < words or config.words not in (0, words):
+        raise ValueError(
+            f"vocab_size must be at least the data's {words} tokens and words be those, got {config.vocab_size} and "
+            f"{config.words}: leave them 0"
+        )
+    return replace(config, vocab_size=rows, words=words)
+
+
+def check_unchanged(expected: str | None, found: str, source: str) -> None:
+    """Raise unless a run finds the data that it began with."""
+    if expected not in (None, found):
+        raise ValueError(
+            f"the text must be the one that the run began with (sha256 {str(expected)[:12]}), got {found[:12]} from "
+            f"{source}: restore it, name its place with data=, or train a new run"
+        )
 
 
 def generator(seed: int, stream: str, step: int) -> torch.Generator:
@@ -179,20 +203,40 @@ def generator(seed: int, stream: str, step: int) -> torch.Generator:
 
 
 def random_batch(
-    tokens: Tensor, batch: int, context: int, seed: int, step: int, stream: str = "train"
+    tokens: Tokens,
+    batch: int,
+    context: int,
+    seed: int,
+    step: int,
+    stream: str = "train",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, both (batch, context): windows at random places, the targets one token further."""
-    rng = generator(seed, stream, step)
-    starts = torch.randint(len(tokens) - context, (batch,), generator=rng)
-    windows = tokens.unfold(0, context + 1, 1)[starts]
+    """Inputs and targets of a step, both (batch / ranks, context), the targets one token further: a rank's equal share.
+
+    The windows of all ranks together are the same however many there are: at random places, but of shards in training
+    each one once an epoch.
+    """
+    if batch % ranks:
+        raise ValueError(f"batch must be a multiple of the {ranks} ranks, got {batch}: change one of them")
+    if isinstance(tokens, Shards) and stream == "train":
+        starts = tokens.epoch_starts(batch, context, seed, step)
+    else:
+        starts = torch.randint(len(tokens) - context, (batch,), generator=generator(seed, stream, step))
+    mine = starts.view(ranks, -1)[rank]
+    if isinstance(tokens, Shards):
+        windows = tokens.windows(mine, context + 1)
+    else:
+        windows = tokens.unfold(0, context + 1, 1)[mine]
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def all_windows(tokens: Tensor, batch: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
+def all_windows(tokens: Tokens, batch: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Each token but the first as a target exactly once, in order: (<= batch, context) windows, then the shorter rest."""
     whole = (len(tokens) - 1) // context
-    inputs = tokens[: whole * context].view(whole, context)
-    targets = tokens[1 : whole * context + 1].view(whole, context)
-    yield from zip(inputs.split(batch), targets.split(batch), strict=True)
+    for first in range(0, whole, batch):
+        part = tokens[first * context : min(first + batch, whole) * context + 1]
+        yield part[:-1].view(-1, context), part[1:].view(-1, context)
     if rest := (len(tokens) - 1) % context:
-        yield tokens[-rest - 1 : -1][None], tokens[-rest:][None]
+        part = tokens[len(tokens) - rest - 1 :]
+        yield part[:-1][None], part[1:][None]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.checkpoint import holds_run, load_model
 from model.config import Config, resolve
-from model.data import load_dataset, random_batch
+from model.data import Tokens, load_dataset, random_batch
 from model.equivalence_sites import Choice, as_it_is
 from model.fast import FastGPT
+from model.hf import PREFIX, folder_of
 from model.reference import GPT
 from model.weights_file import load_weights
 
@@ -34,7 +34,7 @@ class Subject:
     name: str
     config: Config
     weights: GPT
-    tokens: Tensor
+    tokens: Tokens
     description: str
 
     def batches(self, count: int, seed: int) -> list[Batch]:
@@ -65,7 +65,7 @@ class Models:
 
 def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     """A run's trained model on its text; a state_dict's, or a preset's fresh one, on random tokens."""
-    path = Path(name)
+    path = folder_of(name)
     if holds_run(path):
         if overrides:
             raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
@@ -73,7 +73,7 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
         weights = model.to_reference() if isinstance(model, FastGPT) else model
         dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
         return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
-    if path.is_file() and path.suffix != ".toml":
+    if (path.is_file() and path.suffix != ".toml") or name.startswith(PREFIX):
         weights, config = load_weights(path, overrides)
         m = config.model
         what = (

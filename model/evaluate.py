@@ -50,7 +50,7 @@ def evaluate(model: Model, dataset: Dataset, config: Config, step: int) -> dict[
     windows = (random_batch(tokens, config.sequences, context, t.seed, draw, "val") for draw in draws)
     random = mean_loss(model, config, windows) if t.eval_batches else None
     model.train(training)
-    size = len(dataset.tokenizer.decode(tokens[1:]).encode("utf-8"))
+    size = dataset.tokenizer.byte_count(tokens[1:])
     return {
         "val_loss": full,
         "val_loss_random": random,

@@ -99,7 +99,7 @@ class FastGPT(nn.Module):
         seed: Seed | None = None,
         return_logits: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, loss): the logits (B, T, V) without targets, the loss with them, and both when return_logits.
+        """(logits, loss): the logits (B, T, words) without targets, the loss with them, and both when return_logits.
 
         idx and targets are (B, T) int64; a target of -100 is ignored. seed draws the dropout of a training step, the
         same masks as the reference's: needed, and used, only in train mode with dropout > 0.
@@ -107,10 +107,12 @@ class FastGPT(nn.Module):
         check_input(idx, self.config.context)
         rows, weight = self.look_up(idx)
         hidden = self.hidden(rows, dropout_seed(self.config.dropout, self.training, seed))
-        logits = linear(hidden, weight, backend=self.backend) if targets is None or return_logits else None
+        words = None if self.config.outputs == self.config.vocab_size else self.config.outputs
+        logits = linear(hidden, weight[:words], backend=self.backend) if targets is None or return_logits else None
         if targets is None:
             return logits, None
-        loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), backend=self.backend)
+        flat = hidden.flatten(0, 1), weight, targets.flatten()
+        loss = linear_cross_entropy(*flat, vocab_size=words, backend=self.backend)
         return logits, loss
 
     def hidden(self, rows: Tensor, seed: Seed | None) -> Tensor:

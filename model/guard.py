@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.data import CharTokenizer
 from model.files import write_text
 from model.optimize import Learner
 from model.reference import IGNORE_INDEX
+from model.tokenizer import Tokenizer
 
 # A loss is unusual this many standard deviations, and this share, above the mean of the losses before it.
 DEVIATIONS, SHARE = 8.0, 0.1
@@ -44,7 +44,7 @@ class Spikes:
         return mean
 
 
-def keep_batch(folder: Path, tokenizer: CharTokenizer, step: int, x: Tensor, y: Tensor, why: dict[str, Any]) -> Path:
+def keep_batch(folder: Path, tokenizer: Tokenizer, step: int, x: Tensor, y: Tensor, why: dict[str, Any]) -> Path:
     """Write down the sequences of step number `step`, from 1, as tokens and as text, and why; returns the file's path."""
     path = folder / f"step-{step}.json"
     tokens = torch.cat((x, y[:, -1:]), dim=1).cpu()

@@ -54,7 +54,7 @@ def learning_rate(step: int, config: Config) -> float:
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     """Fused AdamW; only tensors of two and more dimensions decay, and a tied tensor is one tensor."""
     t = config.train
-    parameters = list(model.parameters())  # each tensor once, however many names it has
+    parameters = [p for p in model.parameters() if p.requires_grad]  # each tensor once, however many names it has
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": t.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

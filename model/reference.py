@@ -156,7 +156,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, seed: Seed | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) of the next token at each position, and the mean cross-entropy when targets are given.
+        """Logits (B, T, words) of the next token at each position, and the mean cross-entropy when targets are given.
 
         idx and targets are (B, T) int64; a target of -100 is ignored. seed draws the dropout of a training step: it is
         needed, and used, only in train mode with dropout > 0.
@@ -172,7 +172,7 @@ class GPT(nn.Module):
             x = dropout(x, self.config.dropout, seed, 0)
         for block in self.transformer.h:
             x = block(x, seed)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.outputs]  # without the table's padding
         if targets is None:
             return logits, None
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())

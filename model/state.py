@@ -14,12 +14,14 @@ import torch
 from model import report
 from model.checkpoint import build_model, holds_run
 from model.config import Config
-from model.data import CharTokenizer, Dataset, load_dataset
+from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
 from model.guard import Spikes
+from model.hf import initial
 from model.memory import activation_bytes, largest_micro, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
+from model.tokenizer import restored
 
 
 @dataclass
@@ -80,18 +82,16 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     if t.threads:
         torch.set_num_threads(t.threads)
     device = choose_device(t.device)
-    tokenizer, expected = (CharTokenizer(earlier["characters"]), earlier["data_sha256"]) if earlier else (None, None)
+    tokenizer, expected = (restored(earlier["tokenizer"]), earlier["data_sha256"]) if earlier else (None, None)
     dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
-    wanted, needed = config.model.vocab_size, len(dataset.tokenizer)
-    if wanted and wanted < needed:
-        raise ValueError(f"vocab_size must be at least the data's {needed} characters, got {wanted}: leave it 0")
-    model_config = dataclasses.replace(config.model, vocab_size=wanted or needed)
+    begins = t.init and not earlier
+    shape, weights = initial(config.model, t.init, dataset.tokenizer) if begins else (config.model, None)
     # Resolved once: a run that goes on elsewhere computes as it began.
-    train_config = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
-    config = Config(model_config, train_config)
+    resolved = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
+    config = dataclasses.replace(config, model=with_vocabulary(shape, dataset.tokenizer), train=resolved)
     torch.backends.cuda.matmul.allow_tf32 = t.tf32
     torch.manual_seed(t.seed)
-    model = build_model(config).to(device)
+    model = build_model(config, weights).to(device)
     # A backend that cannot run here raises now, not in the first step.
     learner = Learner(config, model, first_micro(config, model, device))
     state = State(config, dataset, learner, device, folder)

@@ -31,7 +31,7 @@ WARM_STEPS = 10  # left out of the times: caches, lazy initialisation, the alloc
 RECENT_STEPS = 50
 LINES = 20  # step lines of a run where a line cannot be overwritten
 # Another model, split or place would be another run.
-FIXED = ("model.", "train.val_fraction", "train.out", "train.name")
+FIXED = ("model.", "lora.", "train.init", "train.val_fraction", "train.out", "train.name")
 
 
 def save(state: State, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: a state_dict in a .safetensors or a torch file, under GPT-2's names, as nanoGPT and others save it."""
+"""Weights from elsewhere: a state_dict in a .safetensors or a torch file, or a folder that transformers saved a GPT-2 in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.config import Config, build, parse_override
+from model.files import write_atomically
 from model.reference import GPT
 
 # The types of a safetensors header that weights come in.
@@ -26,10 +28,16 @@ MASK = re.compile(r"\.attn\.(masked_)?bias$")
 TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Tokens and sequences to check on unless told otherwise: attention written out in float64 needs B H T T numbers a layer.
 TOKENS, SEQUENCES = 128, 2
+# As many positions as there are.
+EVERY = 1 << 30
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, other settings) of a file; it can hold no code."""
+    """(tensors by name, other settings) of a file or a folder of GPT-2's; it can hold no code."""
+    if path.is_dir():
+        from model.hf import read_folder  # it reads its tensors with this module
+
+        return read_folder(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path), {}
     try:
@@ -62,10 +70,11 @@ def settings_of(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: eight bytes of length, a JSON header of so many bytes, then the numbers."""
-    data = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8:start])
+        # Mapped and private: a large file is not held twice, and never written to.
+        data = np.memmap(path, dtype=np.uint8, mode="c")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
@@ -86,6 +95,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as a .safetensors file, atomically and one at a time; those of one storage are written each."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.numel() * x.element_size()
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the numbers are aligned
+
+    def write(file: IO[bytes]) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+    write_atomically(path, write)
+
+
 def named_as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights as float32 under the reference's names and in its layout."""
     found = {PREFIX.sub("", name): value for name, value in tensors.items()}
@@ -103,7 +131,7 @@ def named_as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: Sequence[str]) -> Config:
+def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: Sequence[str], tokens: int) -> Config:
     """The configuration that the shapes tell; what they do not (n_head, act) comes from the file or the command line."""
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     positions = weights.get("transformer.wpe.weight")
@@ -113,7 +141,7 @@ def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: S
         "model.n_embd": n_embd,
         "model.n_layer": 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("transformer.h.")),
         "model.bias": "transformer.ln_f.bias" in weights,
-        "model.context": TOKENS if positions is None else min(TOKENS, positions.shape[0]),
+        "model.context": TOKENS if positions is None else min(tokens, positions.shape[0]),
         "model.pos": "none" if positions is None else "learned",
         "model.tie": head is None or torch.equal(head, weights["transformer.wte.weight"]),
         "train.batch": SEQUENCES,
@@ -126,11 +154,14 @@ def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: S
     return build(chosen)
 
 
-def load_weights(path: Path, overrides: Sequence[str]) -> tuple[GPT, Config]:
-    """The reference model of a state_dict file, with as many positions as the configuration's context."""
+def load_weights(path: Path, overrides: Sequence[str], tokens: int = TOKENS) -> tuple[GPT, Config]:
+    """The reference model of a state_dict file or a GPT-2 folder, with as many positions as the configuration's context.
+
+    tokens is the most positions to take where the overrides give no context.
+    """
     tensors, settings = read_tensors(path)
     weights = named_as_ours(tensors)
-    config = config_of(weights, settings, overrides)
+    config = config_of(weights, settings, overrides, tokens)
     if (positions := weights.get("transformer.wpe.weight")) is not None:
         if config.model.context > len(positions):
             raise ValueError(

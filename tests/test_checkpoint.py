@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from model import files
-from model.checkpoint import LAST, load, save_atomically
+from model.checkpoint import FORMAT, LAST, load, save_atomically
 from model.files import write_atomically, write_text
 
 SAVE_UNTIL_KILLED = """
 import os, signal, sys, time, torch
 from pathlib import Path
-from model.checkpoint import load, save_atomically
+from model.checkpoint import FORMAT, load, save_atomically
 torch.set_num_threads(1)
 path = Path(sys.argv[1])
 
@@ -24,7 +24,7 @@ def save_for_ever(out):
     step = 0
     while True:
         step += 1
-        save_atomically({"format": 1, "step": step, "model": torch.full((200_000,), float(step))}, path)
+        save_atomically({"format": FORMAT, "step": step, "model": torch.full((200_000,), float(step))}, path)
         os.write(out, b".")
 
 for delay in (0.0, 0.002, 0.005, 0.009, 0.014, 0.02, 0.03, 0.05):
@@ -67,18 +67,18 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     command = [sys.executable, "-c", SAVE_UNTIL_KILLED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "whole\n", done.stderr
-    save_atomically({"format": 1, "step": 0}, path)
+    save_atomically({"format": FORMAT, "step": 0}, path)
     assert names(tmp_path) == [LAST]  # what a killed process left is written over, not kept for ever
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path):
     path = tmp_path / LAST
-    save_atomically({"format": 1, "step": 1}, path)
+    save_atomically({"format": FORMAT, "step": 1}, path)
     with (
         small_disk(100_000),
         pytest.raises(RuntimeError, match=f"cannot write {path}: File too large: make room there"),
     ):
-        save_atomically({"format": 1, "step": 2, "model": torch.zeros(200_000)}, path)
+        save_atomically({"format": FORMAT, "step": 2, "model": torch.zeros(200_000)}, path)
     assert load(tmp_path)["step"] == 1 and names(tmp_path) == [LAST]
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_is_none(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"], ids=["empty", "text", "cut"])
 def test_broken_files_are_named(tmp_path, content):
     path = tmp_path / LAST
-    save_atomically({"format": 1, "model": torch.zeros(10_000)}, path)
+    save_atomically({"format": FORMAT, "model": torch.zeros(10_000)}, path)
     path.write_bytes(path.read_bytes()[:20_000] if content == "cut" else content)
     with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
         load(tmp_path)
@@ -123,7 +123,7 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / LAST
     for payload, found in (({"format": 9}, "9"), ([1], "None")):
         torch.save(payload, path)
-        with pytest.raises(ValueError, match=f"must have checkpoint format 1, got {found}"):
+        with pytest.raises(ValueError, match=f"must have checkpoint format {FORMAT}, got {found}"):
             load(tmp_path)
     with pytest.raises(ValueError, match="RUN must be a run folder with a checkpoint"):
         load(tmp_path / "nothing")
@@ -138,7 +138,7 @@ class Trap:
 
 def test_a_checkpoint_can_hold_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "model": Trap()}, tmp_path / LAST)
+    torch.save({"format": FORMAT, "model": Trap()}, tmp_path / LAST)
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         load(tmp_path)
     assert not (tmp_path / "sprung").exists()

@@ -1,5 +1,6 @@
 """The command line: what each command prints, and the exit status of what goes wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_sample_last_is_the_last_checkpoint(call, run, tmp_path):
         payload["model"]["transformer.ln_f.weight"].zero_()
         payload["model"]["transformer.ln_f.bias"].copy_(payload["model"]["lm_head.weight"][token] * 100)
         torch.save(payload, tmp_path / name)
-    characters = payload["characters"]
+    characters = json.loads(payload["tokenizer"])["characters"]
     greedy = ["sample", str(tmp_path), "T", "--tokens", "1", "--temperature", "0"]
     assert call(*greedy)[1] == f"T{characters[5]}\n" and call(*greedy, "--last")[1] == f"T{characters[2]}\n"
 

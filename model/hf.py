@@ -1,0 +1,172 @@
+"""GPT-2 as Hugging Face's transformers keep it: config.json, model.safetensors, tokenizer.json. transformers is not needed.
+
+What differs is the layout alone: Conv1D holds a projection's weight (in, out), nn.Linear (out, in); every layer has a bias
+and every model a table of positions. A model of ours without them has zeros there, which is the same function.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import Config, ModelConfig
+from model.fast import FastGPT
+from model.files import write_text
+from model.reference import GPT, sinusoidal_positions
+from model.tokenizer import END_OF_TEXT, MERGES_FILES, BpeTokenizer, Tokenizer, read_bpe
+from model.weights_file import EVERY, TURNED, load_weights, read_safetensors, write_safetensors
+
+PREFIX = "hf:"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# GPT-2's names of the activations that we have, and what it computes beside its shape.
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+FUNCTION = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+# The most rows that a table is padded by: a larger difference is another vocabulary.
+MOST_PADDING = 128
+
+
+def folder_of(place: str) -> Path:
+    """The path of hf:PLACE, or of PLACE itself."""
+    return Path(place.removeprefix(PREFIX)).expanduser()
+
+
+def load_hf(place: str) -> tuple[FastGPT, BpeTokenizer, Config]:
+    """The fast model of hf:FOLDER in eval mode, with all its positions, its tokenizer and its configuration."""
+    folder = folder_of(place)
+    model, config = load_weights(folder, [], EVERY)
+    tokenizer = read_tokenizer(folder)
+    config = replace(config, model=fitted(config.model, tokenizer, place))
+    model.config = config.model
+    return FastGPT.from_reference(model).eval(), tokenizer, config
+
+
+def initial(config: ModelConfig, place: str, tokenizer: Tokenizer) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(configuration, weights) to begin a training with: the shape of the checkpoint at hf:FOLDER or in a file.
+
+    Of the given configuration remain the context, for which the checkpoint must have the positions, and the dropout.
+    """
+    own = [f"n_head={config.n_head}"] if folder_of(place).is_file() else []  # a file does not tell
+    model, found = load_weights(folder_of(place), [f"context={config.context}", *own], EVERY)
+    shape = fitted(replace(found.model, dropout=config.dropout), tokenizer, place)
+    return shape, model.state_dict()
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by their names there, the settings that their shapes do not tell) of a folder with GPT-2's files."""
+    index = folder / INDEX
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
+        tensors |= read_safetensors(folder / name)
+    return tensors, settings_of(read_json(folder / "config.json"), folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file of a saved GPT-2, but there is none: name the folder that has it")
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+
+
+def settings_of(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Our settings of a config.json; ValueError for a model that is another function than ours."""
+    wanted = FUNCTION | {"n_inner": (None, 4 * content.get("n_embd", 0)), "activation_function": tuple(ACTIVATIONS)}
+    for name, right in wanted.items():
+        # What a config.json leaves out has GPT-2's value; only model_type must be there.
+        found = content.get(name, "" if name == "model_type" else right)
+        if found != right and not (isinstance(right, tuple) and found in right):
+            raise ValueError(f"{folder} must hold a GPT-2 with {name} {right}, got {found!r}: it is another function")
+    activation = content.get("activation_function", "gelu_new")
+    return {"model.n_head": content.get("n_head", 12), "model.act": ACTIVATIONS[activation]}
+
+
+def fitted(config: ModelConfig, tokenizer: Tokenizer, place: str) -> ModelConfig:
+    """The configuration of a checkpoint for the data's tokenizer; ValueError where it has another vocabulary."""
+    rows, words = config.vocab_size, len(tokenizer)
+    if not rows - MOST_PADDING < words <= rows:
+        raise ValueError(
+            f"data must have the {rows} tokens of {place}, got {tokenizer.description}: make token shards of it with "
+            "gptkernels data SOURCE --tokenizer, naming that model's tokenizer.json or gpt2:vocab.bpe"
+        )
+    return replace(config, words=words)
+
+
+def read_tokenizer(folder: Path) -> BpeTokenizer:
+    """The BPE in a folder; ValueError where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *MERGES_FILES)):
+        raise ValueError(f"{folder} must hold a tokenizer.json or {' or '.join(MERGES_FILES)}: copy the model's there")
+    return read_bpe(folder)
+
+
+def as_gpt2(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors in GPT-2's names and layout, its zeros written out, the padding of its table left out."""
+    config, own = model.config, model.state_dict()
+    tensors = {}
+    for name, value in own.items():
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            value = value[: config.outputs]
+        tensors[name] = value.T if name.endswith(TURNED) else value
+    if config.tie:
+        del tensors["lm_head.weight"]
+    width, like = config.n_embd, own["transformer.wte.weight"]
+    if config.pos != "learned":
+        table = sinusoidal_positions(config.context, width) if config.pos == "sinusoidal" else None
+        tensors["transformer.wpe.weight"] = like.new_zeros(config.context, width) if table is None else table.to(like)
+    if not config.bias:
+        layers = [name for name in tensors if name.endswith(".weight") and (".h." in name or ".ln_f." in name)]
+        # A Conv1D's and a norm's last dimension is its output.
+        tensors |= {f"{name.removesuffix('weight')}bias": like.new_zeros(tensors[name].shape[-1]) for name in layers}
+    return tensors
+
+
+def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """GPT-2's config.json of a model."""
+    config = model.config
+    end = tokenizer.end_of_text if isinstance(tokenizer, BpeTokenizer) else None
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    return FUNCTION | {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.outputs,
+        "n_positions": config.context,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": names[config.act],
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tie,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+    }
+
+
+@torch.no_grad()
+def write_folder(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
+    """Write a model for transformers' GPT2LMHeadModel.from_pretrained, and its BPE for AutoTokenizer's."""
+    if (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder} holds a model already: give another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(config_json(model, tokenizer), indent=2) + "\n")
+    if isinstance(tokenizer, BpeTokenizer):
+        write_text(folder / "tokenizer.json", tokenizer.state)
+        marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context, **marks}
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_safetensors(folder / WEIGHTS, as_gpt2(model))  # last: a folder without weights is no model
