@@ -86,13 +86,14 @@ class BpeTokenizer:
 
     def __init__(self, state: str) -> None:
         """From a tokenizer.json's text; ValueError unless it is byte-level BPE with an end-of-text token."""
+        package = tokenizers_package()
         try:
-            self.bpe = tokenizers_package().Tokenizer.from_str(state)
+            self.bpe = package.Tokenizer.from_str(state)
             self.pieces = token_bytes(json.loads(state))
-        except RuntimeError:
-            raise  # the package is missing
         except Exception as error:  # the package raises Exception itself for what it cannot read
             raise ValueError(f"a tokenizer must be a tokenizer.json of byte-level BPE: {error}") from error
+        self.bpe.no_truncation()  # which a file may ask for, and a text would silently lose its end by
+        self.bpe.no_padding()
         self.state = state
         self.end_of_text = int(self.bpe.token_to_id(END_OF_TEXT))
         self.lengths = torch.tensor([len(piece) for piece in self.pieces])
@@ -113,13 +114,16 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> Tensor:
         """The tokens of a text, (n,) int64; `<|endoftext|>` written in it is that token."""
-        return torch.tensor(self.bpe.encode(text).ids, dtype=torch.int64)
+        return torch.tensor(self.bpe.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The tokens of each text, in which `<|endoftext|>` is as any other word."""
         self.bpe.encode_special_tokens = True
         try:
-            return [np.array(encoding.ids, dtype=np.int64) for encoding in self.bpe.encode_batch_fast(texts)]
+            return [
+                np.array(encoding.ids, dtype=np.int64)
+                for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)
+            ]
         finally:
             self.bpe.encode_special_tokens = False
 
@@ -168,8 +172,10 @@ def byte_letters() -> str:
 def token_bytes(definition: dict[str, Any]) -> list[bytes]:
     """The bytes of each token of a tokenizer.json; ValueError unless they are those of GPT-2's byte-level BPE."""
     model, pre = definition["model"], definition["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or pre.get("type") != "ByteLevel" or pre.get("add_prefix_space"):
+    if model["type"] != "BPE" or pre.get("type") != "ByteLevel":
         raise ValueError(f"got a {model['type']} model after a {pre.get('type')} pre-tokenizer")
+    if pre.get("add_prefix_space") or not pre.get("use_regex", True) or definition.get("normalizer"):
+        raise ValueError("it adds a space, joins words or changes letters, which GPT-2's does not")
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     special = {token["content"]: token["id"] for token in definition["added_tokens"]}
     if END_OF_TEXT not in special:

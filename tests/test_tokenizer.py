@@ -91,6 +91,16 @@ def test_gpt2s_own_file_is_checked_by_its_hash(tmp_path, monkeypatch):
         tokenizer.gpt2_bpe(str(tmp_path / "nowhere"))
 
 
+def test_a_file_that_cuts_or_pads_does_neither_here(bpe):
+    bpe.bpe.enable_truncation(4)
+    bpe.bpe.enable_padding(length=9)
+    cutting = BpeTokenizer(bpe.bpe.to_str())
+    bpe.bpe.no_truncation()
+    bpe.bpe.no_padding()
+    for text in (TEXT, "a"):
+        assert cutting.encode(text).tolist() == encoded(cutting, text) == encoded(bpe, text)
+
+
 def test_what_is_no_byte_level_bpe_is_said(bpe, tmp_path):
     good = json.loads(bpe.state)
     spaced = good | {"pre_tokenizer": {"type": "Whitespace"}}
