@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.fetch import sha256
-from model.files import write_atomically, write_text
+from model.files import write_text
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
@@ -36,35 +37,46 @@ def holds_shards(path: Path) -> bool:
 
 
 class ShardWriter:
-    """Writes one part, train or val, of a folder of shards; each shard is whole before the next is begun."""
+    """Writes one part, train or val, of a folder that nobody reads yet: tokens go to the disk as they come."""
 
     def __init__(self, folder: Path, part: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.part, self.dtype, self.shard_tokens = folder, part, dtype, shard_tokens
-        self.held: list[np.ndarray] = []
-        self.count = 0
         self.shards: list[dict[str, Any]] = []
+        self.file: IO[bytes] | None = None
+        self.digest, self.count = hashlib.sha256(), 0
 
     def add(self, tokens: np.ndarray) -> None:
         """Append tokens."""
-        self.held.append(tokens.astype(self.dtype))
-        self.count += len(tokens)
-        if self.count >= self.shard_tokens:
-            tokens = np.concatenate(self.held)
-            whole = len(tokens) // self.shard_tokens * self.shard_tokens
-            for begin in range(0, whole, self.shard_tokens):
-                self.write(tokens[begin : begin + self.shard_tokens])
-            self.held, self.count = [tokens[whole:]], len(tokens) - whole
+        while len(tokens):
+            if self.file is None:
+                self.file = (self.folder / self.name).open("wb")
+            now = tokens[: self.shard_tokens - self.count]
+            data = now.astype(self.dtype).tobytes()
+            self.file.write(data)
+            self.digest.update(data)
+            self.count += len(now)
+            tokens = tokens[len(now) :]
+            if self.count == self.shard_tokens:
+                self.end_shard(self.file)
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Write a shard."""
-        name, data = f"{self.part}-{len(self.shards):05d}.bin", tokens.tobytes()
-        write_atomically(self.folder / name, lambda file: file.write(data))
-        self.shards.append({"file": name, "tokens": len(tokens), "bytes": len(data), "sha256": sha256(data)})
+    @property
+    def name(self) -> str:
+        """The file of the shard that is being written."""
+        return f"{self.part}-{len(self.shards):05d}.bin"
+
+    def end_shard(self, file: IO[bytes]) -> None:
+        """Bring a shard to the disk and note it."""
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+        file.close()
+        self.shards.append({"file": self.name, "tokens": self.count, "bytes": size, "sha256": self.digest.hexdigest()})
+        self.file, self.digest, self.count = None, hashlib.sha256(), 0
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left; returns the manifest's entries."""
-        if self.count:
-            self.write(np.concatenate(self.held))
+        """End the last shard; returns the manifest's entries."""
+        if self.file is not None:
+            self.end_shard(self.file)
         return self.shards
 
 

@@ -161,8 +161,8 @@ def test_nothing_is_left_of_what_fails(texts, tmp_path, monkeypatch, folder):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "write_atomically", full)
-    with pytest.raises(RuntimeError, match=r"cannot write .*out: No space left on device"):
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(RuntimeError, match=r"cannot write .*No space left on device"):
         prepare(str(texts), "bpe", 320, str(out), 0.1, quiet=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="is there already"):
