@@ -96,7 +96,7 @@ def make_parser() -> Parser:
     text = "make shards with this: bpe, gpt2:PATH_OR_URL, or a tokenizer.json, a merges file or a folder with one"
     sub.add_argument("--tokenizer", metavar="NAME", default="", help=text)
     sub.add_argument("--vocab", type=int, default=4096, help="tokens of a BPE trained here (default 4096)")
-    sub.add_argument("--val-fraction", type=float, default=0.01, help="share of each document's end (default 0.01)")
+    sub.add_argument("--val-fraction", type=float, default=0.005, help="validation share of each end (default 0.005)")
     sub.add_argument("--out", default="", help="the new folder (default data/SOURCE-TOKENIZER)")
     text = (
         "put weights into another form: SOURCE is a run, a file of weights or hf:FOLDER (as transformers saves a GPT-2)"

@@ -86,9 +86,10 @@ def prepare(
     with new_folder(folder) as partial:
         write_text(partial / TOKENIZER, bpe.state)
         shards = write_parts(partial, found, bpe, val_fraction, shard_tokens, progress)
+        count = len(found.documents)
         skipped = f", {found.skipped} that are not UTF-8 left out" if found.skipped else ""
         content = {
-            "source": f"{description} ({len(found.documents)} documents{skipped})",
+            "source": f"{description} ({count} document{'s' * (count != 1)}{skipped})",
             "text_sha256": found.sha256,
             "characters": sum(found.characters),
             "val_fraction": val_fraction,

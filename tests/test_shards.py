@@ -195,7 +195,12 @@ def test_english_is_made_of_its_wheels_once(monkeypatch, tmp_path):
 
 def test_the_commands_make_train_and_sample(texts, tmp_path, capsys):
     out, run = tmp_path / "tokens", tmp_path / "run"
-    assert cli.main(["data", str(texts), "--tokenizer", "bpe", "--vocab", "320", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            ["data", str(texts), "--tokenizer", "bpe", "--vocab", "320", "--val-fraction", "0.05", "--out", str(out)]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "writing tokens" in printed and "320 BPE tokens" in printed and f"data={out}" in printed
     assert cli.main(["data", str(out)]) == 0 and "hashes checked" in capsys.readouterr().out
@@ -205,6 +210,7 @@ def test_the_commands_make_train_and_sample(texts, tmp_path, capsys):
     assert cli.main(["sample", str(run), "--tokens", "5"]) == 0
     assert cli.main(["sample", str(run), "the quick", "--tokens", "5"]) == 0
     assert "the quick" in capsys.readouterr().out
+    assert cli.main(["check", str(run), "--steps", "1", "--band", "2"]) == 0
     flip(out / "train-00000.bin")
     assert cli.main(["train", "--resume", str(run), "steps=6"]) == 1
     assert "train-00000.bin must have sha256" in capsys.readouterr().err and (run / LAST).is_file()
