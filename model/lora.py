@@ -32,7 +32,8 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(weight.new_zeros(rows, config.rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+        with torch.autocast(weight.device.type, enabled=False):  # the operators round the sum themselves, once
+            return torch.addmm(weight, self.up, self.down, alpha=self.scale)
 
 
 def projections(model: Model) -> Iterator[Linear]:

@@ -258,6 +258,13 @@ def test_lora_is_the_low_rank_branch_and_trains_nothing_else():
     assert model.state_dict().keys() == GPT(CONFIG).state_dict().keys() and torch.equal(model(idx)[0], there)
 
 
+def test_a_sum_of_lora_is_rounded_by_the_operators_alone():
+    model = GPT(CONFIG)
+    add_lora(model, LoraConfig(rank=3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+
+
 def test_a_run_with_lora_resumes_and_is_merged(tokens, tmp_path):
     write_folder(tmp_path / "gpt2", shaken(GPT(CONFIG)), None)
     common = [
