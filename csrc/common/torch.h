@@ -52,9 +52,9 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
     for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
     AtenTensorHandle handle;
     auto give = [](void* data, void*) { pool_give(data); };
-    TORCH_ERROR_CODE_CHECK(torch_from_blob(pool_take(bytes), (int64_t)sizes.size(), sizes.data(), strides.data(),
-                                                  0, aoti_dtype(type), aoti_torch_device_type_cpu(), -1, &handle,
-                                                  aoti_torch_layout_strided(), nullptr, 0, give, nullptr));
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(pool_take(bytes), (int64_t)sizes.size(), sizes.data(), strides.data(), 0,
+                                           aoti_dtype(type), aoti_torch_device_type_cpu(), -1, &handle,
+                                           aoti_torch_layout_strided(), nullptr, 0, give, nullptr));
     return Tensor(handle);
 }
 
