@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench gpu-static lint format clean
+.PHONY: demo test test-cuda-build bench gpu-static lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/gptkernels demo
@@ -14,11 +14,27 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest
 
+# A CUDA build of torch (5 GB) in an environment of its own, and a copy of the source, which keeps the libraries here as
+# they are. Needs nvcc of the same CUDA version, no GPU.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV := .venv-cuda
+test-cuda-build: $(CUDA_VENV)/torch
+	rm -rf $(CUDA_VENV)/source && mkdir $(CUDA_VENV)/source
+	tar -cf - --exclude='*.so' --exclude=_build.json csrc gptkernels model benchmarks tests setup.py pyproject.toml \
+	    README.md | tar -xf - -C $(CUDA_VENV)/source
+	cd $(CUDA_VENV)/source && ../bin/python -m pip install -e . && ../bin/python -m pytest -v tests/test_cuda_build.py
+
+$(CUDA_VENV)/torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet '$(CUDA_TORCH)' pytest
+	touch $@
+
 bench: $(VENV)/built
 	$(BIN)/gptkernels bench ops
 	$(BIN)/gptkernels bench train
 
-# Every Triton kernel in every tile choice, compiled for sm_80 to sm_120; no GPU is needed, but half an hour is.
+# Every Triton kernel in every tile choice, compiled for sm_80 to sm_120, and every CUDA kernel for sm_75 to sm_120 where
+# nvcc is; no GPU is needed, but most of an hour is.
 gpu-static: $(VENV)/built
 	$(BIN)/gptkernels kernels --all
 
@@ -45,4 +61,4 @@ $(VENV)/torch:
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info gptkernels/*.so gptkernels/_build.json
+	rm -rf $(VENV) $(CUDA_VENV) build *.egg-info gptkernels/*.so gptkernels/_build.json

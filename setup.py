@@ -11,6 +11,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,6 +27,7 @@ ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
 }
+CUDA = "gptkernels._cuda"
 # The stable ABI of torch 2.10: one build runs on that and every later version.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = [
@@ -57,6 +61,16 @@ def find_torch() -> bool:
             continue
         return True
     return False
+
+
+def find_toolkit() -> None:
+    """Set CUDA_HOME, which torch guesses from where nvcc lies: that may be a script that runs the toolkit's."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    if top := re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE):
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
 def isas() -> list[str]:
@@ -109,7 +123,7 @@ def cuda_extensions() -> list:
     nvcc = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden", "--threads", "2", TARGET]
     return [
         CUDAExtension(
-            "gptkernels._cuda",
+            CUDA,
             sources("*/*_cuda.cu", "*/*_cuda_torch.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": nvcc},
@@ -172,15 +186,26 @@ def build_command() -> type:
                 super().build_extension(ext)
                 self.report[ext.name] = "built"
             except Exception as error:  # whatever a compiler run can raise; the text is kept and shown
-                self.report[ext.name] = f"{type(error).__name__}: {error}"
-                print(f"gptkernels: WARNING: {ext.name} is not built: {error}", file=sys.stderr)
+                self.give_up(ext.name, error)
             finally:
                 self.build_temp = folder
 
         def build_extensions(self) -> None:
             self.report: dict[str, str] = {}
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except Exception as error:  # raised before anything is built where nvcc is not of torch's CUDA version
+                others = [ext for ext in self.extensions if ext.name != CUDA]
+                if self.report or len(others) == len(self.extensions):
+                    raise
+                self.give_up(CUDA, error)
+                self.extensions = others
+                super().build_extensions()
             self.write_report(Path(self.build_lib))
+
+        def give_up(self, name: str, error: Exception) -> None:
+            self.report[name] = f"{type(error).__name__}: {error}"
+            print(f"gptkernels: WARNING: {name} is not built: {self.report[name]}", file=sys.stderr)
 
         def write_report(self, folder: Path) -> None:
             path = folder / "gptkernels" / "_build.json"
@@ -198,6 +223,7 @@ def build_command() -> type:
     return Build.with_options(no_python_abi_suffix=True)
 
 
+find_toolkit()
 if find_torch():
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
 else:
