@@ -1,4 +1,8 @@
-"""`gptkernels kernels`: what every Triton kernel uses on each GPU architecture, compiled here without a GPU."""
+"""`gptkernels kernels`: what every kernel for GPUs uses on each architecture, found here without a GPU.
+
+Three tables: Triton's kernels and the CUDA kernels, each as its compiler leaves them, and what csrc/simt counts as it runs
+the CUDA kernels on small tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,15 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from typing import Any
 
+from gptkernels.static_native import CUDA, SIMT, cuda_text, line, simt_text
+
+PARTS = ("triton", "cuda", "simt")
+KNOWN_ARCHES = (80, 86, 89, 90, 100, 120)
 OVERVIEW = """\
 columns:
   regs, spill      registers of a thread; bytes of them that do not fit and live in memory
@@ -23,6 +31,11 @@ columns:
   ld, st           bytes of a thread's widest load and store in global memory (a TMA load is none of a thread's)
   instr            instructions in the code
   /elem            instructions that a thread executes for each element; - where the code loops
+of the CUDA kernels:
+  HMMA, LDGSTS     tensor-core, cp.async and ldmatrix (LDSM) instructions in the code; shared is in bytes, without what
+                   a launch adds
+  wavefronts       passes through the banks of shared memory; conflicts are those beyond what the bytes need
+  sectors          32-byte pieces of global memory that instructions touch, and over what their bytes fill
 A kernel that spills, does not fit, or leaves tensor cores, cp.async/TMA or 16-byte loads unused is named at the end.
 """
 
@@ -86,10 +99,7 @@ def table(arches: Sequence[int], everything: bool, op: str, liger: bool, jobs: i
 # Column and width.
 COLUMNS = {"kernel": 28, "case": 27, "dtype": 9, "sm": 4, "regs": 5, "spill": 6, "shared": 11, "warps": 6, "occ": 5}
 COLUMNS |= {"tensor cores": 13, "async": 9, "ld": 3, "st": 3, "instr": 6, "/elem": 6}
-
-
-def line(cells: Iterable[object]) -> str:
-    return " ".join(str(cell).ljust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)).rstrip()
+HEADS = {"triton": COLUMNS, "cuda": CUDA, "simt": SIMT}
 
 
 def text(row: Row) -> str:
@@ -107,11 +117,51 @@ def text(row: Row) -> str:
         f["asynchronous"],
     )
     counts = (f["widest_load"], f["widest_store"], f["instructions"], per_element)
-    return line((row.kernel, f"{row.op} {row.size}", row.dtype, row.arch, *usage, *counts))
+    return line((row.kernel, f"{row.op} {row.size}", row.dtype, row.arch, *usage, *counts), COLUMNS)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line; 1 if a kernel is not as it should be."""
+def unavailable(part: str, liger: bool) -> str | None:
+    """Why a table cannot be made here, or None."""
+    try:
+        if part == "triton":
+            all_cases(liger)
+            return None
+        if part == "cuda":
+            from gptkernels import static_cuda
+
+            return static_cuda.unavailable()
+        from gptkernels import simt
+
+        simt.module()
+    except ImportError as error:
+        return f"it needs triton, and liger-kernel for --liger: {error}"
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def lines(part: str, options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str, list[str]]]:
+    """(figures, a line of text, what is wrong) for each row of a table."""
+    if part == "triton":
+        for row in table(
+            KNOWN_ARCHES if options.all else options.arch, options.all, options.op, options.liger, options.jobs
+        ):
+            which = f"{row.kernel} ({row.op} {row.size}, {row.dtype}, sm_{row.arch})"
+            yield dataclasses.asdict(row), text(row), [f"{which} {problem}" for problem in row.problems]
+    elif part == "cuda":
+        from gptkernels import static_cuda
+
+        for kernel in static_cuda.table(static_cuda.ARCHES if options.all else options.arch, options.op, options.jobs):
+            wrong = [f"{kernel.name} (sm_{kernel.arch}) {problem}" for problem in static_cuda.problems(kernel)]
+            yield kernel.as_dict(), cuda_text(kernel), wrong
+    else:
+        from gptkernels import static_simt
+
+        for counts in static_simt.table(options.op):
+            yield counts.as_dict(), simt_text(counts), []
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gptkernels kernels",
         description=__doc__,
@@ -119,15 +169,16 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--of", nargs="+", choices=PARTS, help="which tables (default: all that can be made here)")
     add(
         "--arch",
         type=int,
         nargs="+",
         default=[80, 90, 100],
         metavar="SM",
-        help="80 86 89 90 100 120 (default 80 90 100)",
+        help="80 86 89 90 100 120, with --of cuda also 75 (default 80 90 100)",
     )
-    add("--all", action="store_true", help="every size and architecture; without a cache some 30 minutes")
+    add("--all", action="store_true", help="every size and architecture; without a cache some 50 minutes")
     add("--op", default="", help="only operators with this in their name")
     add(
         "--liger",
@@ -136,25 +187,29 @@ def main(argv: Sequence[str]) -> int:
     )
     add("--json", action="store_true", help="one JSON object a line")
     add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    options = parser.parse_args(argv)
-    try:
-        from gptkernels.static import ARCHES
+    return parser
 
-        all_cases(options.liger)
-    except ImportError as error:
-        print(f"gptkernels kernels needs triton, and liger-kernel for --liger: {error}", file=sys.stderr)
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; 1 if a kernel is not as it should be, 2 if a table that was asked for cannot be made."""
+    parser = arguments()
+    options = parser.parse_args(argv)
+    known = (75, *KNOWN_ARCHES) if options.of == ["cuda"] else KNOWN_ARCHES
+    if unknown := [arch for arch in options.arch if arch not in known]:
+        parser.error(f"--arch must be of {', '.join(map(str, known))}, got {unknown[0]}")
+    reasons = {part: unavailable(part, options.liger) for part in options.of or PARTS}
+    for part, reason in reasons.items():
+        if reason:
+            print(f"gptkernels kernels: no table of {part}: {reason}", file=sys.stderr)
+    if all(reasons.values()) or (options.of and any(reasons.values())):
         return 2
-    arches = ARCHES if options.all else options.arch
-    if unknown := [arch for arch in arches if arch not in ARCHES]:
-        parser.error(f"--arch must be of {', '.join(map(str, ARCHES))}, got {unknown[0]}")
     wrong = []
-    if not options.json:
-        print(line(COLUMNS))
-    for row in table(arches, options.all, options.op, options.liger, options.jobs):
-        print(json.dumps(dataclasses.asdict(row)) if options.json else text(row), flush=True)
-        wrong += [
-            f"{row.kernel} ({row.op} {row.size}, {row.dtype}, sm_{row.arch}) {problem}" for problem in row.problems
-        ]
+    for part in [part for part, reason in reasons.items() if reason is None]:
+        if not options.json:
+            print(line(HEADS[part], HEADS[part]), flush=True)
+        for figures, words, found in lines(part, options):
+            print(json.dumps({"table": part, **figures}) if options.json else words, flush=True)
+            wrong += found
     for message in wrong:
         print(message, file=sys.stderr)
     return 1 if wrong else 0

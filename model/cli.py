@@ -103,9 +103,8 @@ def make_parser() -> Parser:
     )
     command("convert", text, convert_command, "SOURCE TARGET [key=value]", CONVERT_HELP)
     command("check", "is the fast model the same function as the reference?", passed_on, "")
-    command(
-        "kernels", "Triton's kernels compiled for GPUs, without one: registers, spills, tensor cores", passed_on, ""
-    )
+    text = "the kernels for GPUs, without one: registers, spills, tensor cores, bank conflicts"
+    command("kernels", text, passed_on, "")
     command("tune", "measure which GEMM is faster on this GPU, ours or cuBLAS, and keep the answer", passed_on, "")
     command("bench", "how fast is it, beside plain PyTorch and torch.compile?", passed_on, "")
     command("doctor", "device, toolchains, and which backends work here and why the others do not", doctor_command, "")

@@ -1,0 +1,115 @@
+"""The CUDA kernels compiled by nvcc for GPUs that are not here, and counted by csrc/simt: `gptkernels kernels`.
+
+A part of what `make gpu-static` compiles: attention's forward, LayerNorm's and cross-entropy, for sm_80.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheels for this platform")
+
+from gptkernels import static_cuda, static_simt, static_table
+from gptkernels.backend import available_backends
+
+needs_nvcc = pytest.mark.skipif(static_cuda.unavailable() is not None, reason=str(static_cuda.unavailable()))
+needs_simt = pytest.mark.skipif(available_backends()["simt"] is not None, reason=str(available_backends()["simt"]))
+
+
+def kernels_of(op, stem, arch=80):
+    return static_cuda.kernels_of(static_cuda.CSRC / op / f"{stem}_cuda.cu", arch)
+
+
+@needs_nvcc
+def test_attention_uses_tensor_cores():
+    """Every instance: two dtypes, four widths, with and without dropout."""
+    kernels = kernels_of("attention", "attention_forward")
+    assert len(kernels) == 16
+    for kernel in kernels:
+        assert kernel.name.startswith("attention_forward<ForwardTile<") and static_cuda.problems(kernel) == []
+        assert kernel.spilled == 0 and kernel.tensor_cores >= 128 and kernel.cp_async and kernel.ldmatrix, kernel
+        assert (kernel.widest_load, kernel.widest_store) == (16, 16) and kernel.registers <= 255
+        assert kernel.threads in (128, 256), kernel
+
+
+@needs_nvcc
+@pytest.mark.parametrize("op, stem", [("layer_norm", "layer_norm_forward"), ("cross_entropy", "cross_entropy")])
+def test_rows_are_read_in_packets(op, stem):
+    """All but those for rows that no packet fits: their first template argument after the threads is a width of 1."""
+    kernels = kernels_of(op, stem)
+    assert len(kernels) > 5
+    for kernel in kernels:
+        assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
+        assert kernel.threads and not kernel.tensor_cores
+        elementwise = "kernel<32, 1," in kernel.name or "kernel<0, 1," in kernel.name or "count" in kernel.name
+        assert elementwise or kernel.widest_load == 16, kernel
+
+
+SPILLS = """
+__global__ void __launch_bounds__(1024) attention_forward(const float4* x, float4* y, int n) {
+    float4 held[16];
+    for (int i = 0; i < 16; ++i) held[i] = x[i * 1024 + threadIdx.x];
+    for (int k = 0; k < n; ++k)
+        for (int i = 0; i < 16; ++i) held[i].x += held[(i + 1) % 16].y * held[(i + 5) % 16].w;
+    for (int i = 0; i < 16; ++i) y[i * 1024 + threadIdx.x] = held[i];
+}
+"""
+SLOW = """
+struct bf16 {};
+template <class T>
+__global__ void gemm_kernel(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] * 2; }
+template __global__ void gemm_kernel<bf16>(const float*, float*);
+"""
+
+
+@needs_nvcc
+def test_bad_kernels_are_found(tmp_path):
+    path = tmp_path / "bad_cuda.cu"
+    path.write_text(SPILLS)
+    (spills,) = static_cuda.kernels_of(path, 90)
+    assert spills.threads == 1024 and spills.spilled_in_loops and "spills" in static_cuda.problems(spills)[0]
+    path.write_text(SLOW)
+    (slow,) = static_cuda.kernels_of(path, 80)
+    assert slow.name == "gemm_kernel<bf16>" and (slow.spilled, slow.widest_load) == (0, 4)
+    assert static_cuda.problems(slow) == [
+        "multiplies 16-bit matrices without tensor cores",
+        "loads its matrices without cp.async",
+        "loads no more than 4 bytes at once",
+    ]
+    assert static_cuda.problems(dataclasses.replace(slow, arch=75)) == []  # no bfloat16 product there: an empty kernel
+    path.write_text("__global__ void f() { missing(); }")
+    with pytest.raises(RuntimeError, match=r"nvcc .* failed: [\s\S]*missing"):
+        static_cuda.kernels_of(path, 80)
+
+
+@needs_simt
+def test_no_bank_conflicts_and_whole_sectors():
+    """Every 16-bit kernel on aligned tensors. layer_norm_sum reads a few rows here, in pieces for many."""
+    found = list(static_simt.table("", (torch.bfloat16,)))
+    assert {counts.op for counts in found} == {"attention", "layer_norm", "linear", "mlp", "cross_entropy"}
+    for counts in found:
+        assert counts.conflicts == 0, counts
+        assert counts.excess <= 1.02 or counts.kernel == "layer_norm_sum", counts
+        assert bool(counts.mma) == counts.kernel.startswith(("attention", "gemm")), counts
+
+
+@needs_simt
+@needs_nvcc
+def test_the_tables(capsys):
+    assert static_table.main(["--of", "cuda", "simt", "--op", "cross", "--arch", "80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["CUDA", "kernel,"] and any(x.startswith("cross_entropy_kernel<bf16") for x in lines)
+    assert any(x.split()[:3] == ["cross_entropy", "cross_entropy", "64x64"] for x in lines)
+    assert static_table.main(["--of", "simt", "--op", "cross", "--json"]) == 0
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert {row["table"] for row in rows} == {"simt"} and all(row["conflicts"] == 0 for row in rows)
+    with pytest.raises(ValueError, match="no kernels of an operator called 'nothing'"):
+        static_table.main(["--of", "cuda", "--op", "nothing"])
+
+
+def test_a_table_that_cannot_be_made(capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert static_table.main(["--of", "cuda"]) == 2
+    assert "no table of cuda: nvcc and c++filt not found on the PATH" in capsys.readouterr().err
