@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.case import GPU_BACKENDS
 from benchmarks.device import AS_IT_COMES, COLD, WARM
+from benchmarks.gpu_table import gpu_markdown
 from benchmarks.long_format import csv_text
 from benchmarks.machine import describe
 from benchmarks.op import DTYPES
@@ -149,7 +150,12 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(list(argv))
     if args.command == "table":
-        print(markdown([json.loads(Path(file).read_text(encoding="utf-8")) for file in args.files]))
+        files = [json.loads(Path(file).read_text(encoding="utf-8")) for file in args.files]
+        of_gpus = [file for file in files if file.get("device") == "cuda" and file.get("what") != "scaling"]
+        if len(files) > len(of_gpus):
+            print(markdown(files))
+        if of_gpus:
+            print(gpu_markdown(of_gpus))
         return 0
     if args.command == "plot":
         from benchmarks.plot import plot  # matplotlib is an extra

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.cli import main
+from benchmarks.gpu_table import gpu_markdown
 from benchmarks.machine import MatmulRoof
 from benchmarks.memory import measured_in_subprocess
 from benchmarks.ops import OPS
@@ -322,6 +323,20 @@ def test_table_says_met_and_not_met():
     (width_row,) = (row for work, row in rows.items() if work.startswith("GPT-2 width"))
     assert width_row.endswith("| not measured |"), "neither a GPU's figures nor a sweep's are a goal's"
     assert rows["fast against reference, tiny, fp32"].endswith("| met |")
+
+
+def test_table_of_a_gpu():
+    def column(ms: float, megabytes: float) -> dict:
+        return {"graph": {"both": {"ms": ms}}, "memory": {"peak_beyond_gradients_mb": megabytes}}
+
+    columns = {"reference": {}, "eager": column(3.0, 40.0), "compile": column(1.5, 30.0), "triton": column(2.0, 20.0)}
+    case = {"case": "softmax N=8", "rows": ["forward", "both"], "ours": ["triton", "cuda"], "columns": columns}
+    table = gpu_markdown([{**result_file([{**case, "dtype": "bf16"}]), "device": "cuda"}])
+    row = next(line for line in table.splitlines() if line.startswith("| softmax"))
+    assert row == (
+        "| softmax N=8 | - | 3 | 1.5 | 2 | - | triton: 1.50x eager, 0.75x compile (loses) "
+        "| 40 MB eager, 30 MB compile, 20 MB triton |"
+    )
 
 
 def test_table_reads_training_runs_and_refuses_quick_figures():
