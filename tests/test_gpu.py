@@ -100,11 +100,11 @@ def test_compile(backend, op, inputs):
     check_equal(results(torch.compile(lambda **kw: call(**kw), fullgraph=True), given, douts)[0], wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape, F_width", [((130, 64), 256), ((513, 200), 328), ((7, 24), 40), ((300, 33), 65)])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_triton_products(monkeypatch, dtype, shape, F_width, approximate):
-    """Triton's own products, which choose() leaves to cuBLAS on many GPUs."""
+    """Triton's own products, which choose() leaves to cuBLAS on many GPUs; those of float32 on all of them."""
     for module in ("linear", "mlp"):
         monkeypatch.setattr(f"gptkernels.ops.{module}.triton.choose", lambda *_: "triton")
     torch.set_default_device("cuda")

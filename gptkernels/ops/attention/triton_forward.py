@@ -98,11 +98,12 @@ def scaled(tile, factor):
 def inner_product(sums, x, y, PRECISION: tl.constexpr):
     """sums + x y^T of two tiles, over all columns.
 
-    float32's FMAs add one product after another: a sum of each part keeps those chains, and their error, short.
+    float32's FMAs add one product after another: a sum of each part keeps those chains, and their error, short. It begins
+    with a zero that the compiler does not know to be one, since it would turn the addition into one long chain again.
     """
     for i in tl.static_range(len(x)):
         if PRECISION == "ieee" and x[i].dtype == tl.float32:
-            sums += tl.dot(x[i], tl.trans(y[i]), input_precision=PRECISION)
+            sums += tl.dot(x[i], tl.trans(y[i]), sums * 0.0, input_precision=PRECISION)
         else:
             sums = tl.dot(x[i], tl.trans(y[i]), sums, input_precision=PRECISION)
     return sums
