@@ -87,6 +87,13 @@ def test_float32_weights(backend, dtype, residual):
     )
 
 
+@cases("C", [36, 768, 1000, 2500, 6148], slow_dtypes=(torch.bfloat16, torch.float16))
+def test_a_float32_stream(backend, dtype, C):
+    """What autocast makes: weights and residual in float32 beside x of 16 bits; widths of every tile that is there for it."""
+    options = {"weight": torch.float32, "bias": torch.float32, "residual": torch.float32}
+    check_against_oracle(layer_norm, partial(layer_norm_inputs, (5, C), dtype, **options), backend)
+
+
 @dtypes
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_residual_of_another_dtype(backend, dtype, with_weight):

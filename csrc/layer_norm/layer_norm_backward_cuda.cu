@@ -25,12 +25,14 @@ template <class T>
 constexpr int KEPT_COLUMNS = sizeof(T) == 2 ? 32 : 24;
 constexpr int MOST_KEPT_THREADS = 256, READ_TWICE_COLUMNS = 32, MOST_THREADS = 512;
 
-template <class T, class W>
+// T: of dy, S: of the stream, which x, dtotal and dx are.
+template <class T, class S, class W>
 struct Backward {
-    In<T> dy, dtotal, x;
+    In<T> dy;
+    In<S> dtotal, x;
     In<W> weight;
     Global<const float> mean, rstd;
-    Out<T> dx;
+    Out<S> dx;
     Global<float> dweight, dbias;  // a row a worker
     int64_t N;
     int C;
@@ -67,9 +69,9 @@ struct Packet {
 };
 
 // xhat and wdy of a packet, from dy and x as loaded.
-template <int N, class T, class W>
-DEVICE Packet<N> packet_of(const Backward<T, W>& p, const Vector<float, N>& dy, const Vector<float, N>& x, int column,
-                           float mean, float rstd) {
+template <int N, class T, class S, class W>
+DEVICE Packet<N> packet_of(const Backward<T, S, W>& p, const Vector<float, N>& dy, const Vector<float, N>& x,
+                           int column, float mean, float rstd) {
     Packet<N> packet;
     UNROLL
     for (int j = 0; j < N; ++j) packet.xhat[j] = (x[j] - mean) * rstd;
@@ -82,9 +84,9 @@ DEVICE Packet<N> packet_of(const Backward<T, W>& p, const Vector<float, N>& dy, 
     return packet;
 }
 
-template <int N, class T, class W>
-DEVICE void store_dx(const Backward<T, W>& p, int64_t i, const Packet<N>& packet, Means means, float rstd,
-                     const Vector<Raw<T>, N>& dtotal) {
+template <int N, class T, class S, class W>
+DEVICE void store_dx(const Backward<T, S, W>& p, int64_t i, const Packet<N>& packet, Means means, float rstd,
+                     const Vector<Raw<S>, N>& dtotal) {
     float of_all = -means.wdy * rstd, of_xhat = -means.product * rstd;
     Vector<float, N> dx;
     if (p.dtotal) dx = to_floats(dtotal);
@@ -95,12 +97,13 @@ DEVICE void store_dx(const Backward<T, W>& p, int64_t i, const Packet<N>& packet
 }
 
 // One row: dx, and its part of this thread's columns of dweight and dbias.
-template <int K, bool KEEP, int N, class Packets, class T, class W>
-DEVICE void backward_row(const Backward<T, W>& p, int64_t n, Packets row, Shared<float> scratch,
+template <int K, bool KEEP, int N, class Packets, class T, class S, class W>
+DEVICE void backward_row(const Backward<T, S, W>& p, int64_t n, Packets row, Shared<float> scratch,
                          Vector<float, N> (&dweight)[K], Vector<float, N> (&dbias)[K]) {
     // A row of one number is its own mean, and has no gradient: not even the rounding errors of dx's terms.
     float mean = p.mean[n], rstd = p.C > 1 ? (float)p.rstd[n] : 0.0f, sum = 0, product = 0;
-    Vector<Raw<T>, N> dy[K], x[K], dtotal[K];
+    Vector<Raw<T>, N> dy[K];
+    Vector<Raw<S>, N> x[K], dtotal[K];
     Packet<N> packets[K];
     if constexpr (KEEP) {  // all loads are under way before the first is used
         UNROLL
@@ -162,11 +165,11 @@ DEVICE void store_sums(Global<float> to, Packets row, const Vector<float, N> (&s
     }
 }
 
-template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class S, class W>
 __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK
                                   : KEEP              ? MOST_KEPT_THREADS
                                                       : MOST_THREADS,
-                                  1) layer_norm_backward_kernel(Backward<T, W> p) {
+                                  1) layer_norm_backward_kernel(Backward<T, S, W> p) {
     SHARED_ARRAY(float, scratch, 4 * WARP);
     int64_t worker = first_row<ROW_THREADS>(), workers = (int64_t)gridDim.x * block_rows<ROW_THREADS>();
     using Row = Packets<ROW_THREADS, N, FULL>;
@@ -226,22 +229,22 @@ int64_t workers_of(int64_t N, Tile tile) {
     return (workers + a_block - 1) / a_block * a_block;
 }
 
-template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, bool KEEP, class T, class S, class W>
 void launch_with(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
     int64_t workers = workers_of(p.N, tile);
     int stride = N == 1 ? ((int)p.C + 3) / 4 * 4 : tile.packets * tile.row_threads * N;
     float* sums[2] = {p.dweight.data ? p.partial : nullptr,
                       p.dbias.data ? p.partial + (p.dweight.data ? workers * stride : 0) : nullptr};
-    Backward<T, W> b{input<T>(p.dy),  input<T>(p.dtotal),
-                     input<T>(p.x),   input<W>(p.weight),
-                     p.mean,          p.rstd,
-                     output<T>(p.dx), sums[0],
-                     sums[1],         p.N,
-                     (int)p.C,        1 / (float)p.C,
-                     stride};
+    Backward<T, S, W> b{input<T>(p.dy),  input<S>(p.dtotal),
+                        input<S>(p.x),   input<W>(p.weight),
+                        p.mean,          p.rstd,
+                        output<S>(p.dx), sums[0],
+                        sums[1],         p.N,
+                        (int)p.C,        1 / (float)p.C,
+                        stride};
     if (workers > 0)
         launch({"layer_norm_backward", workers / rows_a_block(tile), block_of(tile), 0, stream},
-               layer_norm_backward_kernel<ROW_THREADS, N, K, FULL, KEEP, T, W>, b);
+               layer_norm_backward_kernel<ROW_THREADS, N, K, FULL, KEEP, T, S, W>, b);
     if (!p.dweight.data && !p.dbias.data) return;
     Sums s{{sums[0], sums[1]},
            {output<any>(p.dweight), output<any>(p.dbias)},
@@ -254,30 +257,30 @@ void launch_with(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
            layer_norm_sum_kernel, s);
 }
 
-template <int N, class T, class W>
+template <int N, class T, class S, class W>
 void launch_kept(const LayerNormBackwardCuda& p, Tile tile, void* stream) {
-    constexpr int MOST = KEPT_COLUMNS<T>;
+    constexpr int MOST = KEPT_COLUMNS<S>;
     int columns = tile.packets * N;
     // Twice as many threads are taken where half of them do not suffice, so that long rows need more than half of MOST.
     if (tile.row_threads > WARP && columns <= MOST - 8)
-        launch_with<0, N, (MOST - 8) / N, (MOST - 16) / N, true, T, W>(p, tile, stream);
-    else if (tile.row_threads > WARP) launch_with<0, N, MOST / N, (MOST - 8) / N, true, T, W>(p, tile, stream);
-    else if (columns <= 8) launch_with<WARP, N, 8 / N, 0 / N, true, T, W>(p, tile, stream);
-    else if (columns <= 16) launch_with<WARP, N, 16 / N, 8 / N, true, T, W>(p, tile, stream);
-    else if (columns <= 24) launch_with<WARP, N, 24 / N, 16 / N, true, T, W>(p, tile, stream);
-    else if constexpr (MOST > 24) launch_with<WARP, N, 32 / N, 24 / N, true, T, W>(p, tile, stream);
+        launch_with<0, N, (MOST - 8) / N, (MOST - 16) / N, true, T, S, W>(p, tile, stream);
+    else if (tile.row_threads > WARP) launch_with<0, N, MOST / N, (MOST - 8) / N, true, T, S, W>(p, tile, stream);
+    else if (columns <= 8) launch_with<WARP, N, 8 / N, 0 / N, true, T, S, W>(p, tile, stream);
+    else if (columns <= 16) launch_with<WARP, N, 16 / N, 8 / N, true, T, S, W>(p, tile, stream);
+    else if (columns <= 24) launch_with<WARP, N, 24 / N, 16 / N, true, T, S, W>(p, tile, stream);
+    else if constexpr (MOST > 24) launch_with<WARP, N, 32 / N, 24 / N, true, T, S, W>(p, tile, stream);
 }
 
-template <int N, class T, class W>
+template <int N, class T, class S, class W>
 void launch_tile(const LayerNormBackwardCuda& p, void* stream) {
     constexpr int K = READ_TWICE_COLUMNS / N;
     if constexpr (!std::is_same_v<T, any>) {
-        Tile tile = tile_of(p.C, N, KEPT_COLUMNS<T>);
-        if (tile.row_threads <= MOST_KEPT_THREADS) return launch_kept<N, T, W>(p, tile, stream);
+        Tile tile = tile_of(p.C, N, KEPT_COLUMNS<S>);
+        if (tile.row_threads <= MOST_KEPT_THREADS) return launch_kept<N, T, S, W>(p, tile, stream);
     } else if (p.C <= WARP * READ_TWICE_COLUMNS) {
-        return launch_with<WARP, N, K, 0, false, T, W>(p, {WARP, K}, stream);
+        return launch_with<WARP, N, K, 0, false, T, S, W>(p, {WARP, K}, stream);
     }
-    launch_with<MOST_THREADS, N, K, 0, false, T, W>(p, {MOST_THREADS, K}, stream);
+    launch_with<MOST_THREADS, N, K, 0, false, T, S, W>(p, {MOST_THREADS, K}, stream);
 }
 
 }  // namespace
@@ -294,9 +297,10 @@ int64_t layer_norm_partial_floats(int64_t N, int64_t C) {
 }
 
 void layer_norm_backward_cuda(const LayerNormBackwardCuda& p, void* stream) {
-    with_types(p.x.type, p.weight.data ? p.weight.type : p.x.type, p.dy.type == p.x.type, p.C,
+    bool typed = p.dx.type == p.x.type && (!p.dtotal.data || p.dtotal.type == p.x.type);
+    with_types(p.dy.type, p.x.type, p.weight.data ? p.weight.type : p.x.type, typed, p.C,
                {p.dy, p.dtotal, p.x, p.weight, {p.dx.data, p.dx.type}},
-               [&]<class T, class W, int N>() { launch_tile<N, T, W>(p, stream); });
+               [&]<class T, class S, class W, int N>() { launch_tile<N, T, S, W>(p, stream); });
 }
 
 }  // namespace gptkernels

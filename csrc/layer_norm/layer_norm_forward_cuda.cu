@@ -8,8 +8,9 @@
 // Bytes a row: x, residual, y and the sum, C elements each; weight and bias come from L1. Memory binds.
 // Deterministic: sums in an order that depends on C alone.
 //
-// Where x, residual, y and the sum have one type there is an instance for it, with weights in that type or fp32; other
-// mixtures (autocast), and rows that no packet fits, run an instance that looks types up as it goes.
+// Where x, residual, y and the sum have one type there is an instance for it, with weights in that type or fp32, and
+// for what autocast makes: x and y of 16 bits, residual, sum and weights in fp32. Other mixtures, and rows that no
+// packet fits, run an instance that looks types up as it goes.
 #include "layer_norm/layer_norm_cuda.h"
 #include "layer_norm/rows.cuh"
 
@@ -19,11 +20,13 @@ namespace {
 // fp32 columns a thread, in registers.
 constexpr int COLUMNS = 32, MOST_THREADS = 512;
 
-template <class T, class W>
+template <class T, class S, class W>
 struct Forward {
-    In<T> x, residual;
+    In<T> x;
+    In<S> residual;
     In<W> weight, bias;
-    Out<T> y, total;
+    Out<T> y;
+    Out<S> total;
     Global<float> mean, rstd;
     int64_t N;
     int C;
@@ -32,9 +35,10 @@ struct Forward {
 
 // A thread's packets of x, or of the sum with the residual, which is stored: the row that is normalised is rounded to
 // the sum's type. All loads are under way before the first packet is used.
-template <int K, class Packets, int N, class T, class W>
-DEVICE void load_total(const Forward<T, W>& p, Packets row, Vector<float, N> (&total)[K]) {
-    Vector<T, N> x[K], residual[K];
+template <int K, class Packets, int N, class T, class S, class W>
+DEVICE void load_total(const Forward<T, S, W>& p, Packets row, Vector<float, N> (&total)[K]) {
+    Vector<T, N> x[K];
+    Vector<S, N> residual[K];
     UNROLL
     for (int k = 0; k < K; ++k)
         if (row.exists(k)) x[k] = load_raw<N>(p.x, row.index_of(k));
@@ -43,8 +47,14 @@ DEVICE void load_total(const Forward<T, W>& p, Packets row, Vector<float, N> (&t
         for (int k = 0; k < K; ++k)
             if (row.exists(k)) residual[k] = load_raw<N>(p.residual, row.index_of(k));
         UNROLL
-        for (int k = 0; k < K; ++k)
-            if (row.exists(k)) store_raw(p.total, row.index_of(k), x[k] = add(x[k], residual[k]));
+        for (int k = 0; k < K; ++k) {
+            if (!row.exists(k)) continue;
+            if constexpr (std::is_same_v<T, S>) residual[k] = add(x[k], residual[k]);
+            else residual[k] = from_floats<S>(add(to_floats(x[k]), to_floats(residual[k])));
+            store_raw(p.total, row.index_of(k), residual[k]);
+            total[k] = to_floats(residual[k]);
+        }
+        return;
     }
     UNROLL
     for (int k = 0; k < K; ++k)
@@ -53,7 +63,7 @@ DEVICE void load_total(const Forward<T, W>& p, Packets row, Vector<float, N> (&t
 
 // The same where types are looked up, packet by packet.
 template <int K, class Packets, int N>
-DEVICE void load_total(const Forward<any, any>& p, Packets row, Vector<float, N> (&total)[K]) {
+DEVICE void load_total(const Forward<any, any, any>& p, Packets row, Vector<float, N> (&total)[K]) {
     UNROLL
     for (int k = 0; k < K; ++k) {
         if (!row.exists(k)) continue;
@@ -74,9 +84,9 @@ DEVICE Vector<float, N> vector_or(float missing, const Pointer& p, int column) {
     return v;
 }
 
-template <int ROW_THREADS, int N, int K, int FULL, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, class T, class S, class W>
 __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK : MOST_THREADS, 1)
-    layer_norm_forward_kernel(Forward<T, W> p) {
+    layer_norm_forward_kernel(Forward<T, S, W> p) {
     SHARED_ARRAY(float, first_sums, WARP);
     SHARED_ARRAY(float, second_sums, WARP);
     int64_t n = first_row<ROW_THREADS>();
@@ -119,55 +129,56 @@ __global__ void __launch_bounds__(ROW_THREADS == WARP ? BLOCK : MOST_THREADS, 1)
     }
 }
 
-template <int ROW_THREADS, int N, int K, int FULL, class T, class W>
+template <int ROW_THREADS, int N, int K, int FULL, class T, class S, class W>
 void launch_with(const LayerNormForwardCuda& p, Tile tile, void* stream) {
-    Forward<T, W> f{input<T>(p.x),
-                    input<T>(p.residual),
-                    input<W>(p.weight),
-                    input<W>(p.bias),
-                    output<T>(p.y),
-                    output<T>(p.total),
-                    p.mean,
-                    p.rstd,
-                    p.N,
-                    (int)p.C,
-                    1 / (float)p.C,
-                    p.eps};
+    Forward<T, S, W> f{input<T>(p.x),
+                       input<S>(p.residual),
+                       input<W>(p.weight),
+                       input<W>(p.bias),
+                       output<T>(p.y),
+                       output<S>(p.total),
+                       p.mean,
+                       p.rstd,
+                       p.N,
+                       (int)p.C,
+                       1 / (float)p.C,
+                       p.eps};
     int64_t blocks = (p.N + rows_a_block(tile) - 1) / rows_a_block(tile);
     launch({"layer_norm_forward", blocks, block_of(tile), 0, stream},
-           layer_norm_forward_kernel<ROW_THREADS, N, K, FULL, T, W>, f);
+           layer_norm_forward_kernel<ROW_THREADS, N, K, FULL, T, S, W>, f);
 }
 
-template <int N, class T, class W>
+template <int N, class T, class S, class W>
 void launch_tile(const LayerNormForwardCuda& p, void* stream) {
     constexpr int QUARTER = COLUMNS / N / 4;
     Tile tile = tile_of(p.C, N, COLUMNS);
     int quarters = (tile.packets + QUARTER - 1) / QUARTER;
     if constexpr (std::is_same_v<T, any>) {
-        if (tile.row_threads > WARP) return launch_with<0, N, COLUMNS / N, 0, T, W>(p, tile, stream);
-        return launch_with<WARP, N, COLUMNS / N, 0, T, W>(p, tile, stream);
+        if (tile.row_threads > WARP) return launch_with<0, N, COLUMNS / N, 0, T, S, W>(p, tile, stream);
+        return launch_with<WARP, N, COLUMNS / N, 0, T, S, W>(p, tile, stream);
     } else {
         // Twice as many threads are taken where half of them do not suffice, so that long rows need three quarters or
         // all.
         if (tile.row_threads > WARP && quarters == 4)
-            return launch_with<0, N, 4 * QUARTER, 3 * QUARTER, T, W>(p, tile, stream);
-        if (tile.row_threads > WARP) return launch_with<0, N, 3 * QUARTER, 2 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 4) return launch_with<WARP, N, 4 * QUARTER, 3 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 3) return launch_with<WARP, N, 3 * QUARTER, 2 * QUARTER, T, W>(p, tile, stream);
-        if (quarters == 2) return launch_with<WARP, N, 2 * QUARTER, QUARTER, T, W>(p, tile, stream);
-        return launch_with<WARP, N, QUARTER, 0, T, W>(p, tile, stream);
+            return launch_with<0, N, 4 * QUARTER, 3 * QUARTER, T, S, W>(p, tile, stream);
+        if (tile.row_threads > WARP) return launch_with<0, N, 3 * QUARTER, 2 * QUARTER, T, S, W>(p, tile, stream);
+        if (quarters == 4) return launch_with<WARP, N, 4 * QUARTER, 3 * QUARTER, T, S, W>(p, tile, stream);
+        if (quarters == 3) return launch_with<WARP, N, 3 * QUARTER, 2 * QUARTER, T, S, W>(p, tile, stream);
+        if (quarters == 2) return launch_with<WARP, N, 2 * QUARTER, QUARTER, T, S, W>(p, tile, stream);
+        return launch_with<WARP, N, QUARTER, 0, T, S, W>(p, tile, stream);
     }
 }
 
 }  // namespace
 
-void layer_norm_forward_cuda(const LayerNormForwardCuda& p, void* stream) {
+void layer_norm_forward_cuda(const LayerNormForwardCuda& p, void* stream_of_work) {
     if (p.N == 0) return;
-    Type type = p.x.type, vector = p.weight.data ? p.weight.type : p.bias.data ? p.bias.type : type;
-    bool one_type = p.y.type == type && (!p.residual.data || (p.residual.type == type && p.total.type == type));
-    with_types(type, vector, one_type, p.C,
+    Type value = p.x.type, stream = p.residual.data ? p.residual.type : value;
+    Type vector = p.weight.data ? p.weight.type : p.bias.data ? p.bias.type : stream;
+    bool typed = p.y.type == value && (!p.residual.data || p.total.type == stream);
+    with_types(value, stream, vector, typed, p.C,
                {p.x, p.residual, p.weight, p.bias, {p.y.data, p.y.type}, {p.total.data, p.total.type}},
-               [&]<class T, class W, int N>() { launch_tile<N, T, W>(p, stream); });
+               [&]<class T, class S, class W, int N>() { launch_tile<N, T, S, W>(p, stream_of_work); });
 }
 
 }  // namespace gptkernels

@@ -79,18 +79,27 @@ inline bool in_packets(int64_t C, int N, std::initializer_list<Array> arrays) {
     return fits;
 }
 
-// Call run.operator()<T, W, N>() for the element type, the type of weights and the packet that suit the arrays: T and W
-// as they are where all of `arrays` have one type, else types are looked up.
+// Call run.operator()<T, S, W, N>() for the element types of values and of the residual stream, the type of weights and
+// the packet that suit the arrays: types as they are where `typed`, that is where all of `arrays` but the weights have
+// one of the first two, else types are looked up. Of mixtures, what autocast makes has an instance: a stream and
+// weights in fp32 beside values of 16 bits, in packets of 4, so that a warp's accesses of either are contiguous.
 template <class Run>
-void with_types(Type type, Type vector, bool one_type, int64_t C, std::initializer_list<Array> arrays, Run run) {
-    bool typed = one_type && in_packets(C, 16 / bytes_of(type), arrays);
-    if (typed && type == Type::FLOAT32 && vector == type) return run.template operator()<float, float, 4>();
-    if (typed && type == Type::BFLOAT16 && vector == type) return run.template operator()<bf16, bf16, 8>();
-    if (typed && type == Type::BFLOAT16 && vector == Type::FLOAT32) return run.template operator()<bf16, float, 8>();
-    if (typed && type == Type::FLOAT16 && vector == type) return run.template operator()<fp16, fp16, 8>();
-    if (typed && type == Type::FLOAT16 && vector == Type::FLOAT32) return run.template operator()<fp16, float, 8>();
-    if (in_packets(C, 4, arrays)) return run.template operator()<any, any, 4>();
-    return run.template operator()<any, any, 1>();
+void with_types(Type value, Type stream, Type vector, bool typed, int64_t C, std::initializer_list<Array> arrays,
+                Run run) {
+    if (typed && value == stream && in_packets(C, 16 / bytes_of(value), arrays)) {
+        if (value == Type::FLOAT32 && vector == value) return run.template operator()<float, float, float, 4>();
+        if (value == Type::BFLOAT16 && vector == value) return run.template operator()<bf16, bf16, bf16, 8>();
+        if (value == Type::BFLOAT16 && vector == Type::FLOAT32) return run.template operator()<bf16, bf16, float, 8>();
+        if (value == Type::FLOAT16 && vector == value) return run.template operator()<fp16, fp16, fp16, 8>();
+        if (value == Type::FLOAT16 && vector == Type::FLOAT32) return run.template operator()<fp16, fp16, float, 8>();
+    }
+    bool packets = in_packets(C, 4, arrays);
+    if (typed && packets && value != stream && stream == Type::FLOAT32 && vector == stream) {
+        if (value == Type::BFLOAT16) return run.template operator()<bf16, float, float, 4>();
+        return run.template operator()<fp16, float, float, 4>();
+    }
+    if (packets) return run.template operator()<any, any, any, 4>();
+    return run.template operator()<any, any, any, 1>();
 }
 
 }  // namespace gptkernels
