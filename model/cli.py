@@ -141,6 +141,9 @@ def train_command(args: argparse.Namespace) -> int:
         from model.train import train
 
         result = train(config, label=Path(preset).stem, quiet=args.quiet)
+    from model.ranks import leave
+
+    leave()  # not where training fails: the others would be waited for
     return INTERRUPTED if result["interrupted"] else 0
 
 

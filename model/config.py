@@ -107,7 +107,10 @@ class TrainConfig:
     compile: bool = key(False, "torch.compile for the training step: minutes before the first one, then fewer kernels")
     model: str = key("fast", "fast runs on gptkernels, reference is plain PyTorch", ("fast", "reference"))
     backend: str = key("auto", "backend of every fast operator: auto is the fastest that works; doctor lists them")
-    device: str = key("auto", "auto, cpu or cuda")
+    device: str = key("auto", "auto, cpu or cuda; each rank of torchrun takes the GPU of its number")
+    parallel: str = key(
+        "ddp", "how several ranks share the model: each holds all of it, or a part of every tensor", ("ddp", "fsdp")
+    )
     threads: int = key(0, "CPU threads; 0 leaves torch's choice")
     out: str = key("runs", "folder that holds the run folders")
     name: str = key("", "name of the run folder; empty makes one from the preset and the time")
@@ -164,6 +167,11 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        t = self.train
+        require(
+            t.parallel == "ddp" or not (t.compile or t.dtype == "fp16"),
+            "parallel=fsdp is for compile=off and dtype=bf16 or fp32: change one of them, or take parallel=ddp",
+        )
         tokens, context, micro = self.train.batch_tokens, self.model.context, self.train.micro_batch
         require(
             tokens % context == 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from model.data import Dataset, all_windows, random_batch
 from model.fast import Model
 from model.generate import generate
 from model.precision import autocast, to_device
+from model.ranks import Ranks
 from model.reference import Seed
 
 # Tokens in a forward without gradients: enough to be fast, few enough for a large vocabulary.
@@ -26,29 +28,33 @@ def loss_of(model: Callable[..., Any], config: Config, x: Tensor, y: Tensor, see
         return model(x, y, seed=seed)[1]
 
 
-def mean_loss(model: Model, config: Config, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The mean over all targets of batches of windows; the device is waited for once, at the end."""
-    device, count = model.lm_head.weight.device, 0
+def mean_loss(model: Model, config: Config, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
+    """The mean over all targets of batches of windows, each made by one rank; the device is waited for once, at the end."""
+    device = model.lm_head.weight.device
     rows = max(EVAL_TOKENS[device.type] // config.model.context, 1)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for x, y in batches:
-        for part, targets in zip(x.split(rows), y.split(rows), strict=True):
-            total += loss_of(model, config, to_device(part, device), to_device(targets, device)) * targets.numel()
-            count += targets.numel()
-    return float(total) / count
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, targets
+    parts = (pair for x, y in batches for pair in zip(x.split(rows), y.split(rows), strict=True))
+    while group := list(islice(parts, ranks.count)):
+        # A rank without a part makes the last one without counting it: parts of a model are gathered by all ranks.
+        x, y = group[min(ranks.rank, len(group) - 1)]
+        loss = loss_of(model, config, to_device(x, device), to_device(y, device))
+        if ranks.rank < len(group):
+            sums += torch.stack((loss.double() * y.numel(), torch.full_like(loss, y.numel(), dtype=torch.float64)))
+    loss, count = ranks.total(sums).tolist()
+    return loss / count
 
 
 @torch.no_grad()
-def evaluate(model: Model, dataset: Dataset, config: Config, step: int) -> dict[str, Any]:
+def evaluate(model: Model, dataset: Dataset, config: Config, step: int, ranks: Ranks | None = None) -> dict[str, Any]:
     """Validation loss over the whole validation part, and over random windows as nanoGPT does."""
     t, context, tokens = config.train, config.model.context, dataset.val
-    training = model.training
+    ranks, training = ranks or Ranks(), model.training
     model.eval()
-    full = mean_loss(model, config, all_windows(tokens, max(EVAL_TOKENS["cuda"] // context, 1), context))
+    full = mean_loss(model, config, all_windows(tokens, max(EVAL_TOKENS["cuda"] // context, 1), context), ranks)
     # Other windows at every step, the same ones in a resumed run.
     draws = range(step * 100_003, step * 100_003 + t.eval_batches)
     windows = (random_batch(tokens, config.sequences, context, t.seed, draw, "val") for draw in draws)
-    random = mean_loss(model, config, windows) if t.eval_batches else None
+    random = mean_loss(model, config, windows, ranks) if t.eval_batches else None
     model.train(training)
     size = dataset.tokenizer.byte_count(tokens[1:])
     return {

@@ -44,9 +44,11 @@ class Spikes:
         return mean
 
 
-def keep_batch(folder: Path, tokenizer: Tokenizer, step: int, x: Tensor, y: Tensor, why: dict[str, Any]) -> Path:
+def keep_batch(
+    folder: Path, tokenizer: Tokenizer, rank: int, step: int, x: Tensor, y: Tensor, why: dict[str, Any]
+) -> Path:
     """Write down the sequences of step number `step`, from 1, as tokens and as text, and why; returns the file's path."""
-    path = folder / f"step-{step}.json"
+    path = folder / (f"step-{step}-rank-{rank}.json" if rank else f"step-{step}.json")
     tokens = torch.cat((x, y[:, -1:]), dim=1).cpu()
     tokens[tokens == IGNORE_INDEX] = 0
     texts = [tokenizer.decode(row) for row in tokens]

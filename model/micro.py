@@ -21,10 +21,11 @@ class MicroBatch:
     first: int
 
 
-def split(x: Tensor, y: Tensor, micro: int, device: torch.device) -> list[MicroBatch]:
+def split(x: Tensor, y: Tensor, micro: int, device: torch.device, first: int = 0) -> list[MicroBatch]:
     """Micro batches on their way to the device; their shares make the sum of their losses the mean over all targets.
 
-    Not the mean of their means: those count a target more where fewer of its micro batch are left to predict.
+    Not the mean of their means: those count a target more where fewer of its micro batch are left to predict. first is
+    the number of the first sequence in the step of all ranks.
     """
     counts = [int((part != IGNORE_INDEX).sum()) for part in y.split(micro)]
     if not sum(counts):
@@ -36,7 +37,7 @@ def split(x: Tensor, y: Tensor, micro: int, device: torch.device) -> list[MicroB
             to_device(part, device),
             to_device(targets if n else torch.zeros_like(targets), device),
             n / sum(counts),
-            i * micro,
+            first + i * micro,
         )
         for i, (part, targets, n) in enumerate(parts)
     ]

@@ -8,7 +8,7 @@ well, so that whoever reads the losses, some steps on, finds the weights as that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,11 @@ from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
 from model.micro import MicroBatch, next_smaller, split
+from model.parallel import like, replicate, shard, synchronising, whole, whole_norm
 from model.precision import make_scaler
+from model.ranks import Ranks
 from model.recompute import recompute
-from model.reference import Seed
+from model.reference import IGNORE_INDEX, Seed
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ def dropout_seed(config: Config, step: int, first: int, device: torch.device) ->
     return torch.full((), seed, dtype=torch.int64, device=device) if config.train.compile else seed
 
 
+def copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write values over tensors; one at a time, as FSDP's have no other way."""
+    for x, value in zip(into, values, strict=True):
+        x.copy_(value)
+
+
 @dataclass
 class Learner:
     """A model and what a step changes beside its weights."""
@@ -78,6 +86,7 @@ class Learner:
     config: Config
     model: Model
     micro: int  # sequences of one forward
+    ranks: Ranks = field(default_factory=Ranks)
     notes: list[str] = field(default_factory=list)  # what the user should know, until it is shown
     optimizer: torch.optim.Optimizer = field(init=False)
     forward: Callable[..., Any] = field(init=False)
@@ -88,8 +97,13 @@ class Learner:
     def __post_init__(self) -> None:
         t, device = self.config.train, self.model.lm_head.weight.device
         recompute(self.model, t.recompute)
+        sharded = self.ranks.count > 1 and t.parallel == "fsdp"
+        if sharded:
+            shard(self.model)
         self.optimizer = make_optimizer(self.model, self.config)
         self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
+        if self.ranks.count > 1 and not sharded:
+            self.forward = replicate(self.forward, device)
         self.scaler = make_scaler(t.dtype, device)
         self.held_back = torch.zeros((), device=device)
         self.average = [p.detach().clone() for p in self.model.parameters()] if t.ema else []
@@ -102,7 +116,7 @@ class Learner:
         loss = self.gradients(step, x, y)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole_norm(gradients)
         self.update(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(step, loss, norm, lr)
@@ -115,18 +129,21 @@ class Learner:
     def pack(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()} | {
-            "average": self.average,
-            "micro": self.micro,
-        }
+        state = {name: part.state_dict() for name, part in parts.items()} | {"average": self.average}
+        return whole(state) | {"micro": self.micro}
 
     def restore(self, payload: dict[str, Any]) -> None:
         """Go on from what pack kept."""
-        self.model.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: like(own.get(name, x), x) for name, x in payload["model"].items()})
+        optimizer = payload["optimizer"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, state in optimizer["state"].items():
+            optimizer["state"][i] = {k: like(parameters[i], x) if x.dim() else x for k, x in state.items()}
+        self.optimizer.load_state_dict(optimizer)
         self.scaler.load_state_dict(payload.get("scaler", {}))
         if self.average and payload.get("average"):
-            torch._foreach_copy_(self.average, payload["average"])
+            copy(self.average, map(like, self.average, payload["average"]))
         if self.config.train.micro_batch == "auto":
             self.micro = payload.get("micro", self.micro)  # as it began, to be the same run
 
@@ -138,20 +155,22 @@ class Learner:
             return
         parameters = [p.detach() for p in self.model.parameters()]
         own = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, self.average)
+        copy(parameters, self.average)
         try:
             yield
         finally:
-            torch._foreach_copy_(parameters, own)
+            copy(parameters, own)
 
     def gradients(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         """Give the parameters the gradient of the step's loss; returns the loss.
 
         With micro_batch=auto, what does not fit is tried again in smaller parts: the step is not lost.
         """
+        weight = self.weight(y)
         while True:
             try:
-                return self.accumulate(step, split(x, y, self.micro, self.held_back.device))
+                batches = split(x, y, self.micro, self.held_back.device, self.ranks.rank * len(x))
+                return self.accumulate(step, batches, weight)
             except torch.OutOfMemoryError as error:
                 reason = str(error)
             # Outside of the except block, whose traceback would hold what the forward had kept.
@@ -161,26 +180,36 @@ class Learner:
     def shrink(self, sequences: int, reason: str) -> None:
         """Take smaller micro batches from here on; RuntimeError where there are none, or the setting is a number."""
         smaller = next_smaller(sequences, self.micro)
-        if self.config.train.micro_batch != "auto" or not smaller:
+        # Ranks would not know of each other's failure in the middle of a step.
+        if self.config.train.micro_batch != "auto" or not smaller or self.ranks.count > 1:
             raise RuntimeError(
-                f"micro_batch={self.micro} does not fit into memory ({reason.splitlines()[0]}): set micro_batch=auto or "
-                "smaller, recompute=full, or dtype=bf16"
+                f"micro_batch={self.micro} does not fit into memory ({reason.splitlines()[0]}): set a smaller one (on "
+                "one device auto finds it), recompute=full, or dtype=bf16"
             )
         self.notes.append(f"micro batches of {self.micro} do not fit into memory: going on with {smaller}")
         self.micro = smaller
         if self.held_back.device.type == "cuda":
             torch.cuda.empty_cache()  # what is left is in pieces of the wrong size
 
-    def accumulate(self, step: int, batches: Sequence[MicroBatch]) -> Tensor:
-        """Add the gradients of micro batches to the parameters; returns the sum of the losses."""
+    def weight(self, y: Tensor) -> Tensor | None:
+        """What makes the mean of the ranks' losses the mean over the targets of all; None for one rank."""
+        if self.ranks.count == 1:
+            return None
+        count = (y != IGNORE_INDEX).sum().to(self.held_back, non_blocking=True)
+        return count / self.ranks.mean(count)
+
+    def accumulate(self, step: int, batches: Sequence[MicroBatch], weight: Tensor | None) -> Tensor:
+        """Add the gradients of micro batches to the parameters; returns the loss of the whole step."""
         losses = []
-        for batch in batches:
-            seed = dropout_seed(self.config, step, batch.first, batch.x.device)
-            loss = loss_of(self.forward, self.config, batch.x, batch.y, seed)
-            loss = loss if batch.share == 1.0 else loss * batch.share
-            self.scaler.scale(loss).backward()
+        for i, batch in enumerate(batches):
+            with synchronising(self.forward, last=i == len(batches) - 1):
+                seed = dropout_seed(self.config, step, batch.first, batch.x.device)
+                loss = loss_of(self.forward, self.config, batch.x, batch.y, seed)
+                loss = loss if batch.share == 1.0 else loss * batch.share
+                loss = loss if weight is None else loss * weight
+                self.scaler.scale(loss).backward()
             losses.append(loss.detach())
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return self.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
     def update(self, loss: Tensor, norm: Tensor) -> None:
         """Let the optimizer step, on the gradients clipped to the norm, unless something is not finite."""

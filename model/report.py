@@ -17,6 +17,7 @@ from model.config import Config
 from model.data import Dataset
 from model.fast import Model
 from model.memory import activation_bytes, state_bytes
+from model.ranks import Ranks
 from model.throughput import flops_a_token, peak_flops
 
 
@@ -128,6 +129,7 @@ def start_card(
     device: torch.device,
     backends: Mapping[str, str],
     micro: int,
+    ranks: Ranks,
     folder: Path,
 ) -> str:
     """What is about to be trained, on what and with what."""
@@ -135,8 +137,10 @@ def start_card(
     parameters, trained, threads = count_parameters(model), count_trained(model), torch.get_num_threads()
     state, activations = state_bytes(config, parameters), activation_bytes(config, micro, backends)
     tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
-    if (splits := config.sequences // micro) > 1:
+    if (splits := config.sequences // ranks.count // micro) > 1:
         tokens += f" in {splits} micro batches of {micro}"
+    if ranks.count > 1:
+        tokens += f" on each of {ranks.count} ranks ({t.parallel})"
     peak = peak_flops(device, t.dtype, t.tf32)
     roof = f", peak {peak / 1e12:.4g} TFLOP/s for MFU" if peak else ""
     processor = f"{device}, {device_name(device)}"

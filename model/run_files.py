@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from model.files import write_text
 from model.loss_svg import loss_svg
@@ -18,14 +18,22 @@ COLUMNS = ("step", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "val_loss", 
 class Metrics:
     """metrics.csv of a run, flushed at each row: a run that dies leaves its curve."""
 
-    def __init__(self, path: Path, last_step: int = 0) -> None:
-        """Open the file; a resumed run keeps the rows up to its checkpoint's step and writes the later ones anew."""
+    def __init__(self, path: Path | None, last_step: int = 0) -> None:
+        """Open the file; a resumed run keeps the rows up to its checkpoint's step and writes the later ones anew.
+
+        None writes nothing: one rank of many keeps the metrics of all.
+        """
+        self.file: IO[str] | None = None
+        if path is None:
+            return
         kept = [row for row in read_metrics(path) if int(row["step"]) <= last_step]
         write_text(path, as_csv([dict(zip(COLUMNS, COLUMNS, strict=True)), *kept]))
         self.file = path.open("a", newline="", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""
+        if self.file is None:
+            return
         try:
             self.file.write(as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}]))
             self.file.flush()
@@ -34,7 +42,8 @@ class Metrics:
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from model.hf import initial
 from model.memory import activation_bytes, largest_micro, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
+from model.ranks import Ranks, join, local_rank
 from model.tokenizer import restored
 
 
@@ -49,6 +50,11 @@ class State:
         return self.learner.model
 
     @property
+    def ranks(self) -> Ranks:
+        """Which of how many processes this is."""
+        return self.learner.ranks
+
+    @property
     def backends(self) -> dict[str, str]:
         """The backend of every operator, none for the reference model; raises where one cannot run."""
         return backends_of(self.model, self.config)
@@ -68,12 +74,12 @@ class State:
 def choose_device(name: str) -> torch.device:
     """The device that a setting means; raises where there is none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name != "cpu" and not torch.cuda.is_available():
         raise RuntimeError(f"device={name} needs a GPU, but torch {torch.__version__} finds none here: use device=cpu")
-    return torch.device(name)
+    return torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
 
 
 def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None) -> State:
@@ -82,6 +88,8 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     if t.threads:
         torch.set_num_threads(t.threads)
     device = choose_device(t.device)
+    ranks = join(device)
+    check_shares(config, ranks)
     tokenizer, expected = (restored(earlier["tokenizer"]), earlier["data_sha256"]) if earlier else (None, None)
     dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
     begins = t.init and not earlier
@@ -93,7 +101,7 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     torch.manual_seed(t.seed)
     model = build_model(config, weights).to(device)
     # A backend that cannot run here raises now, not in the first step.
-    learner = Learner(config, model, first_micro(config, model, device))
+    learner = Learner(config, model, first_micro(config, ranks, model, device), ranks)
     state = State(config, dataset, learner, device, folder)
     if earlier:
         state.learner.restore(earlier)
@@ -107,17 +115,28 @@ def backends_of(model: Model, config: Config) -> dict[str, str]:
     return model.backends(DTYPES[config.train.dtype]) if isinstance(model, FastGPT) else {}
 
 
-def first_micro(config: Config, model: Model, device: torch.device) -> int:
+def check_shares(config: Config, ranks: Ranks) -> None:
+    """Raise unless a step's sequences fall evenly on the ranks, and a rank's on its micro batches."""
+    sequences, micro = config.sequences, config.train.micro_batch
+    unit = ranks.count * (1 if micro == "auto" else int(micro))
+    if sequences % unit:
+        raise ValueError(
+            f"a step's sequences must be a multiple of ranks * micro_batch, got {sequences} for {ranks.count} ranks and "
+            f"micro_batch={micro}: {max(round(sequences / unit), 1) * unit} is the nearest (batch=, or batch_tokens=)"
+        )
+
+
+def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device) -> int:
     """Sequences of a forward: the setting, or as many as should fit."""
     backends, micro = backends_of(model, config), config.train.micro_batch
     if micro != "auto":
         return int(micro)
     if device.type != "cuda":
-        return config.sequences
+        return config.sequences // ranks.count
     parameters = report.count_parameters(model)
     # The weights are there already.
     room = torch.cuda.mem_get_info(device)[0] - state_bytes(config, parameters) + 4 * parameters
-    return largest_micro(config, config.sequences, room, backends)
+    return largest_micro(config, config.sequences // ranks.count, room, backends)
 
 
 def run_folder(config: Config, label: str) -> Path:

@@ -37,14 +37,18 @@ FIXED = ("model.", "lora.", "train.init", "train.val_fraction", "train.out", "tr
 def save(state: State, name: str) -> None:
     """Write a checkpoint of this moment."""
     progress = {"step": state.step, "best_step": state.best_step, "best_val_loss": state.best_val_loss}
-    payload = pack(state.config, state.dataset, state.learner, progress)
-    save_atomically(payload, state.folder / name)
+    payload = pack(state.config, state.dataset, state.learner, progress)  # by every rank: each may hold a part
+    if state.ranks.first:
+        save_atomically(payload, state.folder / name)
 
 
 def step_batch(state: State, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets that step number `step`, from 0, learns from."""
-    config = state.config
-    return random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
+    """Inputs and targets that this rank learns from in step number `step`, from 0."""
+    config, ranks = state.config, state.ranks
+    x, y = random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
+    share = len(x) // ranks.count
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    return x[mine], y[mine]
 
 
 def timed_step(state: State) -> dict[str, Any] | None:
@@ -74,44 +78,56 @@ def read_steps(state: State) -> dict[str, Any]:
     seconds = (time.perf_counter() - state.unread_since) / len(state.unread)
     unread, state.unread = state.unread, []
     for one, (loss, norm) in zip(unread, numbers, strict=True):
-        overflow = math.isfinite(loss) and state.learner.may_overflow
-        if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
-            state.step = one.step
-            batch = step_batch(state, one.step)
-            error = failure(state.learner, one.step, *batch, loss, norm)
-            keep_batch(
-                state.folder, state.dataset.tokenizer, one.step + 1, *batch, {"loss": str(loss), "norm": str(norm)}
-            )
-            raise error
-        if (usual := state.spikes.usual(loss)) is not None:
-            path = keep_batch(
-                state.folder,
-                state.dataset.tokenizer,
-                one.step + 1,
-                *step_batch(state, one.step),
-                {"loss": loss, "usual": usual},
-            )
-            state.learner.notes.append(
-                f"step {one.step + 1}: loss {loss:.4f} where {usual:.4f} is usual; its text is kept in {path}"
-            )
+        look_at(state, one.step, loss, norm)
     state.step_ms += [seconds * 1e3] * len(unread)
     times = {"ms": seconds * 1e3, "tokens_per_s": state.tokens / seconds}
     return {"step": state.step, "loss": loss, "lr": unread[-1].lr, "grad_norm": norm, **times}
 
 
+def look_at(state: State, step: int, loss: float, norm: float) -> None:
+    """Raise where a step, from 0, was not finite; keep what it learned from there, and where its loss stands out."""
+
+    def keep(why: dict[str, Any]) -> Path:
+        rank, tokenizer = state.ranks.rank, state.dataset.tokenizer
+        return keep_batch(state.folder, tokenizer, rank, step + 1, *step_batch(state, step), why)
+
+    overflow = math.isfinite(loss) and state.learner.may_overflow
+    if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
+        state.step = step
+        error = failure(state.learner, step, *step_batch(state, step), loss, norm)
+        keep({"loss": str(loss), "norm": str(norm)})
+        raise error
+    if (usual := state.spikes.usual(loss)) is not None:
+        path = keep({"loss": loss, "usual": usual})
+        state.learner.notes.append(
+            f"step {step + 1}: loss {loss:.4f} where {usual:.4f} is usual; its text is kept in {path}"
+        )
+
+
 def run_loop(state: State, progress: Progress) -> None:
     """Train from the state's step to the last one, or to a Ctrl-C."""
-    t = state.config.train
+    t, ranks, stop = state.config.train, state.ranks, False
     state.model.train()
-    with closing(Metrics(state.folder / "metrics.csv", state.step)) as metrics, interruptible() as interrupt:
-        while state.step < t.steps and not interrupt.requested:
-            if (row := timed_step(state)) is not None:
+    path = state.folder / "metrics.csv" if ranks.first else None
+    with closing(Metrics(path, state.step)) as metrics, interruptible() as interrupt:
+        while state.step < t.steps and not stop:
+            row = timed_step(state)
+            if row is not None:
                 take_note(state, row, progress, metrics)
+            # Ranks agree where they meet anyway, at a step that is read.
+            if row is not None or ranks.count == 1:
+                stop = ranks.any(interrupt.requested, state.device)
         if state.unread:
             take_note(state, read_steps(state), progress, metrics)
         if state.step < t.steps:
             save(state, LAST)
-            write_loss_svg(state.folder)
+            draw(state)
+
+
+def draw(state: State) -> None:
+    """The picture of the losses."""
+    if state.ranks.first:
+        write_loss_svg(state.folder)
 
 
 def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Metrics) -> None:
@@ -127,19 +143,19 @@ def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Me
             metrics.write(row)
         return
     with state.learner.averaged():
-        state.evaluation = evaluate(state.model, state.dataset, state.config, state.step)
+        state.evaluation = evaluate(state.model, state.dataset, state.config, state.step, state.ranks)
         row |= {k: state.evaluation[k] for k in ("val_loss", "val_loss_random")}
         # Before the checkpoint: a resumed run drops later rows, but could not bring back a missing one.
         metrics.write(row)
         keep_evaluation(state, progress)
     save(state, LAST)
-    write_loss_svg(state.folder)
+    draw(state)
 
 
 def mfu(state: State, ms: float | None) -> float | None:
     """The share of the device's peak that steps of so many milliseconds use; None where one of them is not known."""
     peak = peak_flops(state.device, state.config.train.dtype, state.config.train.tf32)
-    return state.tokens * flops_a_token(state.config) / ms * 1e3 / peak if ms and peak else None
+    return state.tokens * flops_a_token(state.config) / ms * 1e3 / (peak * state.ranks.count) if ms and peak else None
 
 
 def keep_evaluation(state: State, progress: Progress) -> None:
@@ -151,6 +167,7 @@ def keep_evaluation(state: State, progress: Progress) -> None:
         save(state, BEST)
     if state.config.train.sample_tokens:
         state.sample = sample_text(state.model, state.dataset, state.config)
+    if state.sample and state.ranks.first:
         with (state.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"--- step {state.step}, validation loss {loss:.4f}\n{state.sample}\n\n")
     mark = " (best)" if improved else ""
@@ -197,7 +214,7 @@ def train(config: Config, *, label: str = "", quiet: bool = False) -> dict[str, 
     label begins the run folder's name when the configuration has none. Ctrl-C saves and returns with interrupted=True.
     """
     state = prepare(config, Path(config.train.out))  # before a folder exists: a wrong setting leaves none behind
-    state.folder = run_folder(config, label)
+    state.folder = Path(state.ranks.said_by_first(str(run_folder(config, label)) if state.ranks.first else ""))
     return run(state, quiet)
 
 
@@ -234,23 +251,30 @@ def check_unedited(folder: Path, settings: dict[str, Any]) -> None:
 def run(state: State, quiet: bool) -> dict[str, Any]:
     """Write down what the run is, train, and show its cards."""
     config, folder, began = state.config, state.folder, time.perf_counter()
-    progress = Progress(quiet)
-    write_text(folder / "config.toml", to_toml(config))
-    write_json(folder / "env.json", report.environment(state.model, state.dataset, state.device, state.backends))
+    progress, first = Progress(quiet or not state.ranks.first), state.ranks.first
+    if first:
+        write_text(folder / "config.toml", to_toml(config))
+        write_json(folder / "env.json", report.environment(state.model, state.dataset, state.device, state.backends))
     progress.note(
-        report.start_card(config, state.dataset, state.model, state.device, state.backends, state.learner.micro, folder)
+        report.start_card(
+            config, state.dataset, state.model, state.device, state.backends, state.learner.micro, state.ranks, folder
+        )
     )
-    command = f"gptkernels train --resume {shlex.quote(str(folder))}"
+    program = f"torchrun --nproc-per-node {state.ranks.count} -m model" if state.ranks.count > 1 else "gptkernels"
+    command = f"{program} train --resume {shlex.quote(str(folder))}"
     if state.step:
         progress.note(f"going on after step {state.step}")
     try:
         run_loop(state, progress)
-    except (KeyboardInterrupt, RuntimeError):
+    except (KeyboardInterrupt, RuntimeError) as error:
         saved = (folder / LAST).is_file()
         progress.note(f"stopped; go on from the last checkpoint with  {command}" if saved else "stopped, nothing saved")
+        if state.ranks.lost(error):
+            raise RuntimeError(f"another rank has ended, and so does rank {state.ranks.rank}: {error}") from error
         raise
     result = result_of(state, time.perf_counter() - began)
-    write_json(folder / "result.json", result | {"config": flatten(config)})
+    if first:
+        write_json(folder / "result.json", result | {"config": flatten(config)})
     if result["interrupted"]:
         progress.note(f"stopped after step {state.step}, saved: go on with  {command}")
     else:

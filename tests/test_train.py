@@ -133,13 +133,16 @@ def test_resume_in_another_process_is_exact(settings, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-def test_the_second_interrupt_stops_at_once():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_interrupt_stops_at_once(first):
+    before = signal.getsignal(signal.SIGTERM)
     with interruptible() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
         assert interrupt.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_training_in_a_thread_takes_no_signals(settings, tmp_path):

@@ -1,0 +1,127 @@
+"""Two ranks of training over gloo, forked from one process so that torch is imported once: results go into a folder.
+
+Run as `python tests/ranks_driver.py FOLDER`; tests/test_ranks.py reads what comes out.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard  # noqa: F401  imported once, before the fork
+from training_case import chosen, gradients, small_settings, some_batch
+
+from model import evaluate as evaluation
+from model import optimize, ranks
+from model.checkpoint import build_model
+from model.data import all_windows, load_dataset
+from model.parallel import whole
+from model.train import resume, train
+
+KINDS = ("ddp", "fsdp")
+# What FSDP2 calls, under its newer name and its older one.
+REDUCE = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+def step_gradients(settings, joined):
+    """Loss and gradients of a step whose targets are spread unevenly on ranks and micro batches, and exchanges made."""
+    found = {}
+    real = getattr(dist, REDUCE)
+    for kind in KINDS:
+        config = chosen(settings, "vocab_size=11", f"parallel={kind}")
+        torch.manual_seed(0)
+        learner = optimize.Learner(config, build_model(config), 2, joined)
+        exchanges = []
+
+        def hook(state, bucket, exchanges=exchanges):
+            exchanges.append(0)
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(halved)
+
+        def counted(*args, exchanges=exchanges, **kwargs):
+            exchanges.append(0)
+            return real(*args, **kwargs)
+
+        if kind == "ddp":
+            learner.forward.register_comm_hook(None, hook)
+        setattr(dist, REDUCE, counted)
+        x, y = some_batch(11, ignored=True)
+        mine = slice(4 * joined.rank, 4 * joined.rank + 4)
+        found[kind] = {name: whole(x.detach()) for name, x in gradients(learner, x[mine], y[mine], 2).items()}
+        found[kind]["exchanges"] = len(exchanges)
+    setattr(dist, REDUCE, real)
+    return found
+
+
+def halved(future):
+    """The mean of two ranks from their sum."""
+    return future.value()[0] / 2
+
+
+def evaluations(settings, joined):
+    """The validation loss of windows that do not divide evenly, and how many of them this rank made."""
+    config = chosen(settings, "vocab_size=40")
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    tokens = load_dataset(config.train.data, 0.1, 16).val
+    real, calls = evaluation.loss_of, []
+
+    def counting(*args):
+        calls.append(0)
+        return real(*args)
+
+    evaluation.loss_of = counting
+    with torch.no_grad():
+        loss = evaluation.mean_loss(model, config, all_windows(tokens, 3, 16), joined)
+    evaluation.loss_of = real
+    return loss, len(calls)
+
+
+def work(folder):
+    """Everything that one rank does."""
+    faulthandler.dump_traceback_later(60, exit=True)  # ranks that wait for each other say where
+    torch.set_num_threads(1)
+    settings = small_settings(folder)
+    joined = ranks.join(torch.device("cpu"))
+    found = {"gradients": step_gradients(settings, joined)}
+    loss, calls = evaluations(settings, joined)
+    found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
+    more = ["dropout=0.1", "micro_batch=2", "eval_every=6", "sample_tokens=5", "ema=0.5"]
+    for kind in KINDS:
+        train(chosen(settings, *more, f"parallel={kind}", f"name={kind}"), quiet=True)
+    train(chosen(settings, *more, "steps=6", "parallel=fsdp", "name=parted", "schedule=wsd", "decay=0.01"), quiet=True)
+    train(chosen(settings, *more, "steps=6", "parallel=ddp", "name=entire", "schedule=wsd", "decay=0.01"), quiet=True)
+    # Kept by one kind, gone on with by the other.
+    resume(folder / "parted", ["steps=12", "parallel=ddp"], quiet=True)
+    if joined.first:
+        torch.save(found, folder / "found.pt")
+
+
+def main(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            try:
+                work(folder)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes))
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

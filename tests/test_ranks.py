@@ -1,0 +1,163 @@
+"""Two ranks over gloo against one process: gradients, exchanges, evaluation, whole runs, checkpoints, and a death."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_case import chosen, gradients, same_weights, small_settings, some_batch
+
+from model import evaluate as evaluation
+from model.checkpoint import BEST, LAST, build_model, load, load_model
+from model.config import resolve
+from model.data import all_windows, load_dataset
+from model.optimize import Learner
+from model.ranks import Ranks, join
+from model.reference import GPT
+from model.run_files import read_metrics
+from model.state import check_shares
+from model.train import resume, train
+
+DRIVER = Path(__file__).with_name("ranks_driver.py")
+KINDS = ("ddp", "fsdp")
+RUN = ["dropout=0.1", "micro_batch=2", "eval_every=6", "sample_tokens=5", "ema=0.5"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(folder, what the two ranks found): one start for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(DRIVER.parent.parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(DRIVER), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == "[0, 0]\n", done.stderr
+    return folder, torch.load(folder / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(both):
+    """The same run in one process."""
+    torch.set_num_threads(1)
+    return train(chosen(small_settings(both[0]), *RUN, "name=alone"), quiet=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_one_process(both, kind):
+    """Targets are spread unevenly on ranks and micro batches: the mean of means would be far off."""
+    config = resolve("tiny", ["n_embd=16", "vocab_size=11"])[0]
+    torch.manual_seed(0)
+    learner = Learner(config, build_model(config), 8)
+    x, y = some_batch(11, ignored=True)
+    plain = gradients(learner, x, y, 8)
+    oracle = GPT(config.model).double()
+    oracle.load_state_dict(learner.model.state_dict())
+    loss = oracle(x, y)[1]
+    loss.backward()
+    exact = {"loss": loss} | {name: p.grad for name, p in oracle.named_parameters()}
+    found = both[1]["gradients"][kind]
+    for name, value in exact.items():
+        # As for one process, and one more rounding for each of four micro batches and two ranks.
+        budget = 3 * (plain[name] - value).abs().max() + 6 * 6e-8 * value.abs().max()
+        assert found[name].shape == value.shape and (found[name] - value).abs().max() <= budget, name
+
+
+def test_ranks_exchange_gradients_once_a_step(both):
+    """Of two micro batches each: DDP has one bucket for so small a model, FSDP a group for each block and the rest."""
+    assert [both[1]["gradients"][kind]["exchanges"] for kind in KINDS] == [1, 3]
+
+
+def test_evaluation_is_shared_out(both):
+    folder, found = both
+    config = chosen(small_settings(folder), "vocab_size=40")
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    tokens = load_dataset(config.train.data, 0.1, 16).val
+    with torch.no_grad():
+        loss = evaluation.mean_loss(model, config, all_windows(tokens, 3, 16), Ranks())
+    parts = len(list(all_windows(tokens, 3, 16)))
+    assert found["loss"] == pytest.approx(loss, rel=1e-6)
+    assert found["calls"][1] == (parts + 1) // 2 and found["calls"][0] == 2 * found["calls"][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_two_ranks_is_the_run_of_one(both, alone, kind):
+    """Dropout's masks, evaluations, moving average and samples too; the checkpoint is one process's."""
+    folder, _ = both
+    result = json.loads((folder / kind / "result.json").read_text())
+    assert result["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)
+    ours, theirs = (
+        [float(row["loss"]) for row in read_metrics(folder / name / "metrics.csv")] for name in (kind, "alone")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
+    for name in (LAST, BEST):
+        ours, theirs = load(folder / kind, name), load(folder / "alone", name)
+        assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+        for state in ("model", "average"):
+            pairs = zip(
+                *(list(c[state].values() if state == "model" else c[state]) for c in (ours, theirs)), strict=True
+            )
+            assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
+        assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
+    assert (folder / kind / "samples.txt").read_text().count("--- step") == 2
+
+
+def test_checkpoints_go_from_ranks_to_ranks(both, tmp_path):
+    """Made by two ranks that hold parts, gone on with by two that hold all (in the driver), and by one here."""
+    folder, _ = both
+    one = resume(folder / "entire", ["steps=12"], quiet=True)
+    two = json.loads((folder / "parted" / "result.json").read_text())
+    assert one["step"] == two["step"] == 12 and one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-5)
+    models = [load_model(folder / name, LAST)[0] for name in ("entire", "parted")]
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(*(m.parameters() for m in models), strict=True))
+    assert not same_weights(load_model(folder / "ddp", LAST)[0], models[0])  # another schedule
+
+
+def test_a_killed_rank_ends_all_of_them_and_the_run_goes_on(tmp_path):
+    settings = [*small_settings(tmp_path), "name=a", "steps=100000", "eval_every=5", "log_every=1", "eval_batches=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "model", "train", "tiny"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(DRIVER.parent.parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, *settings, "schedule=wsd"], stdout=log, stderr=log, env=environment)
+        while not (tmp_path / "a" / LAST).exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+    said = (tmp_path / "log").read_text()
+    assert "another rank has ended" in said or "Signal 9 (SIGKILL)" in said
+    assert (
+        f"go on from the last checkpoint with  torchrun --nproc-per-node 2 -m model train --resume {tmp_path}/a" in said
+    )
+    step = load(tmp_path / "a")["step"]
+    assert step % 5 == 0 and resume(tmp_path / "a", [f"steps={step + 5}"], quiet=True)["step"] == step + 5
+
+
+def test_shares_that_are_not_even_are_refused(settings=("batch=6",)):
+    with pytest.raises(
+        ValueError, match=r"a multiple of ranks \* micro_batch, got 6 for 4 ranks and micro_batch=auto: 8 is"
+    ):
+        check_shares(resolve("tiny", settings)[0], Ranks(0, 4))
+    with pytest.raises(ValueError, match="parallel=fsdp is for compile=off and dtype=bf16 or fp32"):
+        resolve("tiny", ["parallel=fsdp", "compile=on"])
+
+
+def test_a_process_alone_joins_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join(torch.device("cpu")) == Ranks() and not torch.distributed.is_initialized()
