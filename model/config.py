@@ -91,7 +91,8 @@ class TrainConfig:
     ema: float = key(0.0, "decay of a moving average of the weights, which is what is evaluated then; 0 keeps none")
     eval_every: int = key(250, "steps between evaluations and checkpoints")
     eval_batches: int = key(20, "random batches of nanoGPT's way to evaluate; the full pass is always done as well")
-    log_every: int = key(10, "steps between lines of metrics.csv")
+    log_every: int = key(10, "steps between lines of metrics.csv and metrics.jsonl")
+    tensorboard: bool = key(False, "write TensorBoard's events into the run folder as well")
     seed: int = key(1337, "start of every random number")
     dtype: str = key(
         "auto",

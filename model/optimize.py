@@ -36,6 +36,7 @@ class Outcome:
     loss: Tensor
     norm: Tensor
     lr: float
+    norms: dict[str, Tensor]  # of the gradient of each layer, where they were asked for
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -73,6 +74,16 @@ def dropout_seed(config: Config, step: int, first: int, device: torch.device) ->
     return torch.full((), seed, dtype=torch.int64, device=device) if config.train.compile else seed
 
 
+def layer_norms(model: Model) -> dict[str, Tensor]:
+    """The norm of the gradient of each block, and of each other part of the model."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            parts = name.removeprefix("transformer.").split(".")
+            layers.setdefault(f"block {parts[1]}" if parts[0] == "h" else parts[0], []).append(p.grad)
+    return {layer: whole_norm(gradients) for layer, gradients in layers.items()}
+
+
 def copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Write values over tensors; one at a time, as FSDP's have no other way."""
     for x, value in zip(into, values, strict=True):
@@ -108,7 +119,7 @@ class Learner:
         self.held_back = torch.zeros((), device=device)
         self.average = [p.detach().clone() for p in self.model.parameters()] if t.ema else []
 
-    def step(self, step: int, x: Tensor, y: Tensor) -> Outcome:
+    def step(self, step: int, x: Tensor, y: Tensor, detailed: bool = False) -> Outcome:
         """Optimizer step number `step`, from 0, on sequences that are still on the host."""
         lr = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
@@ -117,9 +128,10 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = whole_norm(gradients)
+        norms = layer_norms(self.model) if detailed else {}
         self.update(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(step, loss, norm, lr)
+        return Outcome(step, loss, norm, lr, norms)
 
     @property
     def may_overflow(self) -> bool:

@@ -5,45 +5,99 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from model.files import write_text
 from model.loss_svg import loss_svg
 
+CSV, JSON_LINES = "metrics.csv", "metrics.jsonl"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "val_loss", "val_loss_random")
 
 
 class Metrics:
-    """metrics.csv of a run, flushed at each row: a run that dies leaves its curve."""
+    """metrics.csv and metrics.jsonl of a run, flushed at each row: a run that dies leaves its curve."""
 
-    def __init__(self, path: Path | None, last_step: int = 0) -> None:
-        """Open the file; a resumed run keeps the rows up to its checkpoint's step and writes the later ones anew.
+    def __init__(self, folder: Path | None, last_step: int = 0, tensorboard: bool = False) -> None:
+        """Open the files; a resumed run keeps the rows up to its checkpoint's step and writes the later ones anew.
 
-        None writes nothing: one rank of many keeps the metrics of all.
+        None writes nothing: one rank of many keeps the metrics of all. tensorboard adds its event file.
         """
-        self.file: IO[str] | None = None
-        if path is None:
+        self.files: list[IO[str]] = []
+        self.board: Any = None
+        if folder is None:
             return
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= last_step]
-        write_text(path, as_csv([dict(zip(COLUMNS, COLUMNS, strict=True)), *kept]))
-        self.file = path.open("a", newline="", encoding="utf-8")
+        if tensorboard:
+            self.board = open_board(folder, last_step)
+        kept = [row for row in read_metrics(folder / CSV) if int(row["step"]) <= last_step]
+        write_text(folder / CSV, as_csv([dict(zip(COLUMNS, COLUMNS, strict=True)), *kept]))
+        lines = [row for row in read_json_lines(folder / JSON_LINES) if row["step"] <= last_step]
+        write_text(folder / JSON_LINES, "".join(map(as_json_line, lines)))
+        self.files = [(folder / name).open("a", newline="", encoding="utf-8") for name in (CSV, JSON_LINES)]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; columns that it lacks stay empty."""
-        if self.file is None:
-            return
-        try:
-            self.file.write(as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}]))
-            self.file.flush()
-        except OSError as error:
-            raise RuntimeError(f"cannot write {self.file.name}: {error.strerror}: make room there") from error
+        """Append a row; columns that it lacks stay empty. metrics.csv takes its columns, metrics.jsonl everything."""
+        short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS}
+        for file, text in zip(self.files, (as_csv([short]), as_json_line(row)), strict=False):
+            try:
+                file.write(text)
+                file.flush()
+            except OSError as error:
+                raise RuntimeError(f"cannot write {file.name}: {error.strerror}: make room there") from error
+        if self.board is not None:
+            for name, value in scalars(row):
+                self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Close the file."""
-        if self.file is not None:
-            self.file.close()
+        """Close the files."""
+        for file in self.files + ([self.board] if self.board is not None else []):
+            file.close()
+
+
+def open_board(folder: Path, last_step: int) -> Any:
+    """TensorBoard's writer in a run folder; its rows after last_step are those of a run that was cut off."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            "tensorboard=on needs its package: run `pip install tensorboard`, or leave it off"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=last_step + 1)
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row by names, those within a part as part/name."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", x) for inner, x in scalars(value))
+        elif value is not None and name != "step":
+            yield name, value
+
+
+def as_json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSON, where a number that is not finite is null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, none when there is no file; a torn last line is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def trim_samples(path: Path, last_step: int) -> None:
+    """Leave out the samples of a run after its checkpoint's step: it will write them again."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    for mark in re.finditer(r"^--- step (\d+), validation loss [\d.]+$", text, re.MULTILINE):
+        if int(mark[1]) > last_step:
+            write_text(path, text[: mark.start()])
+            return
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:

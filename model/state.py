@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model import report
-from model.checkpoint import build_model, holds_run
+from model.checkpoint import LAST, build_model
 from model.config import Config
 from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
@@ -48,6 +48,11 @@ class State:
     def model(self) -> Model:
         """The model in training."""
         return self.learner.model
+
+    @property
+    def logging(self) -> bool:
+        """Whether the step just made is one to write down."""
+        return self.step % self.config.train.log_every == 0 or self.evaluating
 
     @property
     def ranks(self) -> Ranks:
@@ -144,7 +149,8 @@ def run_folder(config: Config, label: str) -> Path:
     t = config.train
     stem, attempt = t.name or f"{label or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}", 1
     folder = Path(t.out) / stem
-    if t.name and holds_run(folder):
+    # A best checkpoint alone is left by a run that was killed within its first evaluation: it can only begin again.
+    if t.name and (folder / LAST).is_file():
         raise ValueError(f"{folder} holds a run: resume it with `train --resume {folder}`, or choose another name=")
     while True:
         try:

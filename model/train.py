@@ -22,8 +22,10 @@ from model.evaluate import evaluate, sample_text
 from model.files import write_text
 from model.guard import failure, keep_batch
 from model.interrupt import interruptible
+from model.memory import kept_by_operator
 from model.progress import Progress
-from model.run_files import Metrics, write_json, write_loss_svg
+from model.run_files import Metrics, trim_samples, write_json, write_loss_svg
+from model.run_page import run_page
 from model.state import State, estimated_bytes, prepare, run_folder
 from model.throughput import flops_a_token, peak_flops
 
@@ -58,10 +60,10 @@ def timed_step(state: State) -> dict[str, Any] | None:
     """
     if not state.unread:
         state.unread_since = time.perf_counter()
-    state.unread.append(state.learner.step(state.step, *step_batch(state, state.step)))
+    step = state.step
     state.step += 1
-    due = reads_each_step(state) or state.step % state.config.train.log_every == 0 or state.evaluating
-    return read_steps(state) if due else None
+    state.unread.append(state.learner.step(step, *step_batch(state, step), detailed=state.logging))
+    return read_steps(state) if reads_each_step(state) or state.logging else None
 
 
 def reads_each_step(state: State) -> bool:
@@ -81,7 +83,9 @@ def read_steps(state: State) -> dict[str, Any]:
         look_at(state, one.step, loss, norm)
     state.step_ms += [seconds * 1e3] * len(unread)
     times = {"ms": seconds * 1e3, "tokens_per_s": state.tokens / seconds}
-    return {"step": state.step, "loss": loss, "lr": unread[-1].lr, "grad_norm": norm, **times}
+    names, norms = list(unread[-1].norms), list(unread[-1].norms.values())
+    layers = dict(zip(names, torch.stack(norms).tolist(), strict=True)) if norms else {}
+    return {"step": state.step, "loss": loss, "lr": unread[-1].lr, "grad_norm": norm, **times, "grad_norms": layers}
 
 
 def look_at(state: State, step: int, loss: float, norm: float) -> None:
@@ -108,8 +112,10 @@ def run_loop(state: State, progress: Progress) -> None:
     """Train from the state's step to the last one, or to a Ctrl-C."""
     t, ranks, stop = state.config.train, state.ranks, False
     state.model.train()
-    path = state.folder / "metrics.csv" if ranks.first else None
-    with closing(Metrics(path, state.step)) as metrics, interruptible() as interrupt:
+    folder = state.folder if ranks.first else None
+    if ranks.first:
+        trim_samples(state.folder / "samples.txt", state.step)
+    with closing(Metrics(folder, state.step, t.tensorboard)) as metrics, interruptible() as interrupt:
         while state.step < t.steps and not stop:
             row = timed_step(state)
             if row is not None:
@@ -125,9 +131,11 @@ def run_loop(state: State, progress: Progress) -> None:
 
 
 def draw(state: State) -> None:
-    """The picture of the losses."""
+    """The picture of the losses, and the page of the run so far."""
     if state.ranks.first:
         write_loss_svg(state.folder)
+        kept = kept_by_operator(state.config, state.backends)
+        write_text(state.folder / "report.html", run_page(state.folder, state.config, kept, state.sample))
 
 
 def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Metrics) -> None:
@@ -139,7 +147,7 @@ def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Me
         progress.note(state.learner.notes.pop(0))
     progress.update(figures, state.step / t.steps, evaluating or state.step % max(t.steps // LINES, 1) == 0)
     if not evaluating:
-        if state.step % t.log_every == 0:
+        if state.logging:
             metrics.write(row)
         return
     with state.learner.averaged():

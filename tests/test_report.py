@@ -53,7 +53,7 @@ def test_the_bar_never_wraps(width):
 def test_metrics_survive_reopening(tmp_path):
     path = tmp_path / "metrics.csv"
     for last, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        metrics = Metrics(path, last)
+        metrics = Metrics(tmp_path, last)
         for step in steps:
             metrics.write({"step": step, "loss": step / 7 + last})
         metrics.close()

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from training_case import same_values
 
 from model import optimize
 from model import state as state_module
@@ -28,7 +29,8 @@ from model.run_files import read_metrics
 from model.train import resume, train
 
 WORDS = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
-FILES = {"config.toml", "env.json", "metrics.csv", "samples.txt", "loss.svg", "result.json", LAST, BEST}
+FILES = {"config.toml", "env.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.svg", "report.html",
+         "result.json", LAST, BEST}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +57,6 @@ def config(settings, *more):
     return resolve("tiny", [*settings, *more])[0]
 
 
-def same(a, b):
-    """Whether two values of a checkpoint are equal bit for bit, however they are nested."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def losses(folder):
     """metrics.csv without what depends on the clock."""
     return [
@@ -80,7 +71,7 @@ def assert_same_run(a, b):
         ours["config"].pop("train.name"), theirs["config"].pop("train.name")
         assert ours.keys() == theirs.keys()
         for key in ours:
-            assert same(ours[key], theirs[key]), f"{name}: {key}"
+            assert same_values(ours[key], theirs[key]), f"{name}: {key}"
     assert losses(a) == losses(b)
     assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
 
@@ -261,7 +252,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, 
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"not finite first: the gradient of transformer\.h\.0\.attn\.c_proj\.bias"):
         training.timed_step(state)
-    assert same(before, state.model.state_dict())
+    assert same_values(before, state.model.state_dict())
     kept = json.loads((tmp_path / "step-1.json").read_text())
     assert (
         kept["norm"] in ("nan", "inf")
