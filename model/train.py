@@ -46,11 +46,9 @@ def save(state: State, name: str) -> None:
 
 def step_batch(state: State, step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets that this rank learns from in step number `step`, from 0."""
-    config, ranks = state.config, state.ranks
-    x, y = random_batch(state.dataset.train, config.sequences, config.model.context, config.train.seed, step)
-    share = len(x) // ranks.count
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    return x[mine], y[mine]
+    config, (rank, count) = state.config, (state.ranks.rank, state.ranks.count)
+    seed, context = config.train.seed, config.model.context
+    return random_batch(state.dataset.train, config.sequences, context, seed, step, rank=rank, ranks=count)
 
 
 def timed_step(state: State) -> dict[str, Any] | None:

@@ -39,8 +39,8 @@ def live(folder, steps, told):
         train(chosen(settings), quiet=True)
 
 
-def life(folder, steps, seconds):
-    """How many steps a life of so many seconds (None: as long as it needs) has made."""
+def life(folder, steps, until=None, seconds=0.0):
+    """How many steps a life has made that ends so many seconds after its step number `until`, or by itself."""
     read, write = os.pipe()
     if not (child := os.fork()):
         os.close(read)
@@ -53,15 +53,16 @@ def life(folder, steps, seconds):
             os._exit(1)
         os._exit(0)
     os.close(write)
-    if seconds is not None:
-        os.read(read, 1)  # it has begun
+    made = 0
+    if until is not None:
+        while made < until and (more := os.read(read, until - made)):
+            made += len(more)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    made = seconds is not None
     while more := os.read(read, 4096):
         made += len(more)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == (0 if seconds is None else -signal.SIGKILL), status
+    assert status == (0 if until is None else -signal.SIGKILL), status
     return made
 
 
@@ -71,13 +72,13 @@ def main(folder, kills):
     train(chosen([*small_settings(folder), "name=first", "steps=1"]), quiet=True)
     rng, lost, at = random.Random(7), [], 0
     for _ in range(kills):
-        at += life(folder, 100_000, rng.uniform(0.0, 0.25))
+        at += life(folder, 100_000, rng.randint(1, 7), rng.uniform(0.0, 0.03))
         path = folder / "killed" / LAST
         kept = load(path)["step"] if path.exists() else 0
         lost.append(at - kept)
         at = kept
     steps = at + 7
-    life(folder, steps, None)
+    life(folder, steps)
     print(json.dumps({"lost": lost, "steps": steps}))
 
 

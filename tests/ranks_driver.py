@@ -82,7 +82,7 @@ def evaluations(settings, joined):
 
 def work(folder):
     """Everything that one rank does."""
-    faulthandler.dump_traceback_later(60, exit=True)  # ranks that wait for each other say where
+    faulthandler.dump_traceback_later(300, exit=True)  # ranks that wait for each other say where
     torch.set_num_threads(1)
     settings = small_settings(folder)
     joined = ranks.join(torch.device("cpu"))

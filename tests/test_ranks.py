@@ -139,7 +139,7 @@ def test_a_killed_rank_ends_all_of_them_and_the_run_goes_on(tmp_path):
             time.sleep(0.1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGKILL)
-        assert process.wait(60) != 0
+        assert process.wait(300) != 0
     said = (tmp_path / "log").read_text()
     assert "another rank has ended" in said or "Signal 9 (SIGKILL)" in said
     assert (

@@ -46,7 +46,7 @@ def test_a_run_leaves_json_lines_and_a_page(tmp_path):
     for part in ("<svg", "Learning rate", "Gradient norm of each block", "Throughput", "12 of 12", "recompute = &#x27;full&#x27;",
                  f"{result['val_loss']:.4f}", "bytes in 2 layers", ">128<"):  # fmt: skip
         assert part in page, part  # 128: x and branch of 16 numbers in fp32
-    assert len(re.findall("<polyline", page)) == 7 and "http" not in re.sub(r'xmlns="[^"]*"', "", page)
+    assert len(re.findall("<polyline", page)) == 7 and "http://" not in re.sub(r'xmlns="[^"]*"', "", page)
 
 
 def test_the_page_of_a_run_that_has_not_logged_yet(tmp_path):
