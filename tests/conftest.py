@@ -33,9 +33,10 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def device(request):
-    """Where there is a GPU, a test of one of its backends makes its tensors there."""
+    """Where there is a GPU, a test of one of its backends makes its tensors there, if not marked on_cpu."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if not torch.cuda.is_available() or parameters.get("backend") not in ("triton", "cuda"):
+    wanted = parameters.get("backend") in ("triton", "cuda") and not request.node.get_closest_marker("on_cpu")
+    if not torch.cuda.is_available() or not wanted:
         yield
         return
     torch.set_default_device("cuda")

@@ -338,6 +338,7 @@ def test_reference_is_pytorchs():
 x = torch.zeros(2, 3, 4, 8)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 @pytest.mark.parametrize(
     "arguments, options, error, message",
@@ -364,6 +365,7 @@ def test_errors(backend, arguments, options, error, message):
         causal_attention(*arguments, **options, backend=backend)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 @pytest.mark.parametrize("shape", [(2, 4, 3, 8), (2, 4, 2, 3, 8), (2, 4, 3, 3, 0)])
 def test_packed_errors(backend, shape):

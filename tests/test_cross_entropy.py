@@ -288,6 +288,7 @@ shapes = r"x must be \(N, C\), weight \(V, C\) and targets \(N,\), got .*: flatt
 every_backend = pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 
 
+@pytest.mark.on_cpu
 @every_backend
 @pytest.mark.parametrize(
     "arguments, options, error, message",
@@ -313,6 +314,7 @@ def test_errors(backend, arguments, options, error, message):
         linear_cross_entropy(*arguments, **options, backend=backend)
 
 
+@pytest.mark.on_cpu
 @every_backend
 @pytest.mark.parametrize("target, vocab_size", [(9, None), (-1, None), (-2, 9), (5, 5), (2**40, None)])
 def test_targets_out_of_range(backend, target, vocab_size):

@@ -230,6 +230,7 @@ def test_reference_is_pytorchs():
 x, w = torch.zeros(4, 8), torch.zeros(8)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 @pytest.mark.parametrize(
     "arguments, options, error, message",

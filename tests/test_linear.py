@@ -131,6 +131,7 @@ def test_reference_is_pytorchs():
 x, w, b = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(5)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 @pytest.mark.parametrize(
     "arguments, error, message",

@@ -180,6 +180,7 @@ x, fc, proj = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(8, 6)
 shapes = r"x must be \(..., C\), w_fc \(F, C\) and w_proj \(C, F\), got"
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("backend", ["reference", "auto", *BACKENDS])
 @pytest.mark.parametrize(
     "arguments, options, error, message",
