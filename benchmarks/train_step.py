@@ -32,22 +32,18 @@ from model.optimize import make_optimizer
 from model.reference import GPT
 
 ROWS = ("forward", "backward", "step")
-# Beside the presets: nanoGPT's character model with few and with all of its 64 sequences, GPT-2's width and vocabulary
-# with few layers, and GPT-2 itself with its vocabulary padded to a multiple of 64.
+# Beside the presets: nanoGPT's character model without dropout, with few and with all of its 64 sequences, and GPT-2's width
+# and vocabulary with few layers.
+GPT_384 = ModelConfig(vocab_size=65, context=256, n_layer=6, n_head=6, n_embd=384, bias=False)
 SIZES = {
-    "gpt-384": Config(
-        ModelConfig(vocab_size=65, context=256, n_layer=6, n_head=6, n_embd=384, bias=False), TrainConfig(batch=8)
-    ),
+    "gpt-384": Config(GPT_384, TrainConfig(batch=8)),
     "gpt2-width": Config(
         ModelConfig(vocab_size=50257, context=256, n_layer=4, n_head=12, n_embd=768), TrainConfig(batch=2)
     ),
-    "gpt-384-b64": Config(
-        ModelConfig(vocab_size=65, context=256, n_layer=6, n_head=6, n_embd=384, bias=False), TrainConfig(batch=64)
-    ),
-    "gpt2-124m": Config(
-        ModelConfig(vocab_size=50304, context=1024, n_layer=12, n_head=12, n_embd=768), TrainConfig(batch=16)
-    ),
+    "gpt-384-b64": Config(GPT_384, TrainConfig(batch=64)),
 }
+# The sequences that are measured of a preset whose step is of many micro batches.
+MICRO_BATCHES = {"gpt2-124m": 16}
 DEFAULT_CASES = {"cpu": ("shakespeare-cpu", "gpt-384", "gpt2-width"), "cuda": ("gpt-384-b64", "gpt2-124m")}
 # What a process warms up with before it measures memory.
 TINY = "tiny"
@@ -66,7 +62,8 @@ def train_config(name: str) -> Config:
     """The configuration of a built-in size, or of a preset with tiny Shakespeare's vocabulary where it names none."""
     if name in SIZES:
         return SIZES[name]
-    config, _ = resolve(name)
+    few = MICRO_BATCHES.get(name)
+    config, _ = resolve(name, [f"batch={few}", "batch_tokens=0"] if few else [])
     if config.model.dropout:
         raise ValueError(
             f"bench train needs dropout=0, since F.scaled_dot_product_attention draws other masks than the reference; "

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,6 +49,11 @@ class Dataset:
     tokenizer: Tokenizer
     source: str
     sha256: str
+
+    @cached_property
+    def val_bytes(self) -> int:
+        """Bytes of the validation part's targets, all of it but its first token."""
+        return self.tokenizer.byte_count(self.val[1:])
 
 
 def load_text(name: str) -> Text:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.chart import Line, bar_chart, line_chart
+from model.chart import bar_chart
 from model.equivalence_page import check_parts
 from model.equivalence_report import sentence
 from model.equivalence_run import Result
 from model.page import facts, figure, heading, page, paragraph, pictures, pre, verdict
 from model.report import count, duration
-from model.run_files import read_metrics
+from model.run_files import JSON_LINES, read_json_lines
+from model.run_page import loss_figure
 
 Facts = Sequence[tuple[str, str]]
 
@@ -28,7 +29,7 @@ def demo_page(run: Mapping[str, Any], result: Result, about: Facts, bench: Mappi
     parts = [
         "<h1>A GPT, trained, proved and measured</h1>",
         facts(first),
-        pictures([loss_figure(folder), speed_figure(bench["cases"][0])]),
+        pictures([loss_figure(read_json_lines(folder / JSON_LINES)), speed_figure(bench["cases"][0])]),
         heading("What it writes"),
         paragraph("A sample of the trained model, at temperature 0.8.", "soft"),
         pre(run["sample"]),
@@ -38,19 +39,6 @@ def demo_page(run: Mapping[str, Any], result: Result, about: Facts, bench: Mappi
         *check_parts(result),
     ]
     return page("gptkernels demo", parts)
-
-
-def loss_figure(folder: Path) -> str:
-    """The loss curve of a run."""
-    rows = read_metrics(folder / "metrics.csv")
-
-    def points(column: str) -> list[tuple[float, float]]:
-        return [(float(row["step"]), float(row[column])) for row in rows if row[column]]
-
-    lines = [Line("ours", points("loss")), Line("plain", points("val_loss"), dots=True)]
-    svg = line_chart("Loss of the run", lines, "step", "loss")
-    keys = (("ours", "training"), ("plain", "validation"))
-    return figure("Loss", svg, keys, "Cross-entropy of the next character; a training point is one batch.")
 
 
 def speed_figure(case: Mapping[str, Any]) -> str:

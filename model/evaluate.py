@@ -56,12 +56,11 @@ def evaluate(model: Model, dataset: Dataset, config: Config, step: int, ranks: R
     windows = (random_batch(tokens, config.sequences, context, t.seed, draw, "val") for draw in draws)
     random = mean_loss(model, config, windows, ranks) if t.eval_batches else None
     model.train(training)
-    size = dataset.tokenizer.byte_count(tokens[1:])
     return {
         "val_loss": full,
         "val_loss_random": random,
         "perplexity": math.exp(min(full, 700.0)),
-        "bits_per_byte": full / math.log(2.0) * (len(tokens) - 1) / size,
+        "bits_per_byte": full / math.log(2.0) * (len(tokens) - 1) / dataset.val_bytes,
     }
 
 

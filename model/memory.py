@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from model.config import Config
+from model.ranks import Ranks
 
 Backends = Mapping[str, str]
-# Weight, gradient and AdamW's two means, fp32 each.
-STATE_BYTES = 16
+WEIGHT_BYTES, TRAINED_BYTES = 4, 12  # fp32: gradient and AdamW's two means
 STREAM_BYTES = 4  # the residual stream is fp32 in every dtype
 
 
@@ -21,9 +21,8 @@ def kept_by_operator(config: Config, backends: Backends) -> dict[str, float]:
     each head. recompute leaves what enters the block, and with selective what attention and its products gave.
     """
     m, t = config.model, config.train
-    C, e = m.n_embd, 2 if t.dtype in ("bf16", "fp16") else 4
+    C, e, ours = m.n_embd, element_bytes(config), on_kernels(backends)
     entering: dict[str, float] = {"block": C * (STREAM_BYTES + e)}
-    ours = bool(set(backends.values()) - {"reference"})
     if t.recompute == "full":
         return entering
     if t.recompute == "selective":
@@ -42,23 +41,38 @@ def kept_by_operator(config: Config, backends: Backends) -> dict[str, float]:
     return {"formulas": 120.0 * C, "attention matrices": 4.0 * matrices * m.n_head * m.context}
 
 
+def element_bytes(config: Config) -> int:
+    """Of what the run computes in."""
+    return 2 if config.train.dtype in ("bf16", "fp16") else 4
+
+
+def on_kernels(backends: Backends) -> bool:
+    """Whether the model runs on kernels of ours."""
+    return bool(set(backends.values()) - {"reference"})
+
+
 def activation_bytes(config: Config, micro: int, backends: Backends) -> int:
     """What the forward of micro sequences keeps for its backward."""
-    m, t = config.model, config.train
-    e = 2 if t.dtype in ("bf16", "fp16") else 4
-    ours = bool(set(backends.values()) - {"reference"})
+    m, t, e = config.model, config.train, element_bytes(config)
     layer = sum(kept_by_operator(config, backends).values())
     whole = dataclasses.replace(config, train=dataclasses.replace(t, recompute="none"))
     # A backward that computes again holds all of one layer at a time.
     once = sum(kept_by_operator(whole, backends).values()) if t.recompute != "none" else 0.0
     # Around the blocks: the last norm and the head's gradient, or the logits of plain PyTorch.
-    rest = m.n_embd * (STREAM_BYTES + e) + 16 if ours else 12.0 * m.n_embd + 4.0 * m.vocab_size
+    rest = m.n_embd * (STREAM_BYTES + e) + 16 if on_kernels(backends) else 12.0 * m.n_embd + 4.0 * m.vocab_size
     return int(micro * m.context * (m.n_layer * layer + once + rest))
 
 
-def state_bytes(config: Config, parameters: int) -> int:
-    """Weights, gradients, the optimizer's means and the moving average."""
-    return parameters * (STATE_BYTES + (4 if config.train.ema else 0))
+def parts_of(config: Config, ranks: Ranks) -> int:
+    """On how many ranks weights, gradients and the optimizer's state are spread."""
+    return ranks.count if config.train.parallel == "fsdp" else 1
+
+
+def state_bytes(config: Config, parameters: int, trained: int, parts: int = 1) -> int:
+    """Weights, and of those that are trained gradients, the optimizer's means and the moving average; on one of so many
+    ranks with a part of all that."""
+    average = WEIGHT_BYTES * parameters if config.train.ema else 0
+    return (WEIGHT_BYTES * parameters + TRAINED_BYTES * trained + average) // parts
 
 
 def largest_micro(config: Config, sequences: int, room: int, backends: Backends) -> int:

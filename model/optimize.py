@@ -20,6 +20,7 @@ from model.config import Config
 from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
+from model.memory import parts_of
 from model.micro import MicroBatch, next_smaller, split
 from model.parallel import like, replicate, shard, synchronising, whole, whole_norm
 from model.precision import make_scaler
@@ -108,8 +109,7 @@ class Learner:
     def __post_init__(self) -> None:
         t, device = self.config.train, self.model.lm_head.weight.device
         recompute(self.model, t.recompute)
-        sharded = self.ranks.count > 1 and t.parallel == "fsdp"
-        if sharded:
+        if sharded := parts_of(self.config, self.ranks) > 1:
             shard(self.model)
         self.optimizer = make_optimizer(self.model, self.config)
         self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
@@ -152,12 +152,18 @@ class Learner:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, state in optimizer["state"].items():
             optimizer["state"][i] = {k: like(parameters[i], x) if x.dim() else x for k, x in state.items()}
+        # Its own settings are of the configuration that made the checkpoint: betas and weight decay may have changed.
+        optimizer["param_groups"] = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(optimizer)
-        self.scaler.load_state_dict(payload.get("scaler", {}))
-        if self.average and payload.get("average"):
-            copy(self.average, map(like, self.average, payload["average"]))
+        if payload["scaler"]:  # none of a run that has not been in fp16 so far
+            self.scaler.load_state_dict(payload["scaler"])
+        if self.average:  # which begins at the weights where the run had none so far
+            copy(
+                self.average,
+                map(like, self.average, payload["average"] or [p.detach() for p in self.model.parameters()]),
+            )
         if self.config.train.micro_batch == "auto":
-            self.micro = payload.get("micro", self.micro)  # as it began, to be the same run
+            self.micro = payload["micro"]  # as it began, to be the same run
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

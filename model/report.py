@@ -16,7 +16,7 @@ from gptkernels.backend import cpu_library
 from model.config import Config
 from model.data import Dataset
 from model.fast import Model
-from model.memory import activation_bytes, state_bytes
+from model.memory import activation_bytes, parts_of, state_bytes
 from model.ranks import Ranks
 from model.throughput import flops_a_token, peak_flops
 
@@ -135,7 +135,8 @@ def start_card(
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
     parameters, trained, threads = count_parameters(model), count_trained(model), torch.get_num_threads()
-    state, activations = state_bytes(config, parameters), activation_bytes(config, micro, backends)
+    state = state_bytes(config, parameters, trained, parts_of(config, ranks))
+    activations = activation_bytes(config, micro, backends)
     tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
     if (splits := config.sequences // ranks.count // micro) > 1:
         tokens += f" in {splits} micro batches of {micro}"
@@ -209,13 +210,13 @@ def end_card(result: Mapping[str, Any], commands: Sequence[str]) -> str:
     return card + "\n\nnext:\n" + "\n".join(f"  {command}" for command in commands)
 
 
-def next_commands(folder: Path, dataset: Dataset, config: Config) -> list[str]:
-    """What to do with a finished run; the prompt is how the text itself begins."""
+def next_commands(folder: Path, dataset: Dataset, config: Config, resume: str) -> list[str]:
+    """What to do with a finished run, resume being how to go on; the prompt is how the text itself begins."""
     run = shlex.quote(str(folder))
     lines = dataset.tokenizer.decode(dataset.train[:200]).splitlines()
     prompt = next((line.strip() for line in lines if line.strip()), dataset.tokenizer.start)[:20]
     return [
         f"gptkernels sample {run} {shlex.quote(prompt)}",
-        f"gptkernels train --resume {run} steps={2 * config.train.steps}",
+        f"{resume} steps={2 * config.train.steps}",
         f"gptkernels check {run}   # the fast model against the reference, on these weights",
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from model.files import write_text
-from model.loss_svg import loss_svg
+from model.loss_svg import Point, loss_svg
 
 CSV, JSON_LINES = "metrics.csv", "metrics.jsonl"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "val_loss", "val_loss_random")
@@ -31,7 +31,7 @@ class Metrics:
         if folder is None:
             return
         if tensorboard:
-            self.board = open_board(folder, last_step)
+            self.board = summary_writer()(str(folder), purge_step=last_step + 1)
         kept = [row for row in read_metrics(folder / CSV) if int(row["step"]) <= last_step]
         write_text(folder / CSV, as_csv([dict(zip(COLUMNS, COLUMNS, strict=True)), *kept]))
         lines = [row for row in read_json_lines(folder / JSON_LINES) if row["step"] <= last_step]
@@ -57,15 +57,15 @@ class Metrics:
             file.close()
 
 
-def open_board(folder: Path, last_step: int) -> Any:
-    """TensorBoard's writer in a run folder; its rows after last_step are those of a run that was cut off."""
+def summary_writer() -> Any:
+    """TensorBoard's class of writers; RuntimeError where its package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise RuntimeError(
             "tensorboard=on needs its package: run `pip install tensorboard`, or leave it off"
         ) from error
-    return SummaryWriter(str(folder), purge_step=last_step + 1)
+    return SummaryWriter
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -79,8 +79,14 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def as_json_line(row: Mapping[str, Any]) -> str:
     """A row as a line of JSON, where a number that is not finite is null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A value of a row, None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -121,11 +127,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def points(rows: Iterable[Mapping[str, Any]], column: str) -> list[Point]:
+    """(step, value) of the rows that have one."""
+    return [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+
+
 def write_loss_svg(folder: Path) -> None:
-    """Draw metrics.csv as loss.svg."""
-    rows = read_metrics(folder / "metrics.csv")
-
-    def points(column: str) -> list[tuple[float, float]]:
-        return [(float(row["step"]), float(row[column])) for row in rows if row[column]]
-
-    write_text(folder / "loss.svg", loss_svg(folder.name, points("loss"), points("val_loss")))
+    """Draw a run's losses as loss.svg."""
+    rows = read_json_lines(folder / JSON_LINES)
+    write_text(folder / "loss.svg", loss_svg(folder.name, points(rows, "loss"), points(rows, "val_loss")))

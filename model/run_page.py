@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from model.chart import Line, line_chart
-from model.config import Config
-from model.loss_svg import Point
+from model.config import Config, to_toml
 from model.page import facts, figure, folded, heading, page, paragraph, pictures, pre, table
-from model.run_files import JSON_LINES, read_json_lines
+from model.run_files import JSON_LINES, points, read_json_lines
 
 Keys = Sequence[tuple[str, str]]
 
@@ -18,22 +18,17 @@ def run_page(folder: Path, config: Config, kept: Mapping[str, float], sample: st
     """kept is how many bytes one token leaves in one layer for the backward, by operator."""
     rows = read_json_lines(folder / JSON_LINES)
 
-    def points(column: str) -> list[Point]:
-        return [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-
     def one(title: str, column: str, name: str, text: str) -> str:
-        return figure(title, line_chart(title, [Line("ours", points(column))], "step", name), (), text)
+        return figure(title, line_chart(title, [Line("ours", points(rows, column))], "step", name), (), text)
 
     validated = [row for row in rows if row.get("val_loss") is not None]
-    losses = [Line("ours", points("loss")), Line("plain", points("val_loss"), dots=True)]
-    keys: Keys = (("ours", "training"), ("plain", "validation"))
     first = [
         ("step", f"{rows[-1]['step'] if rows else 0} of {config.train.steps}"),
         ("validation loss", f"{validated[-1]['val_loss']:.4f}" if validated else "not evaluated yet"),
         ("run folder", str(folder)),
     ]
     figures = [
-        figure("Loss", line_chart("Loss", losses, "step", "loss"), keys, "Cross-entropy of the next token, in nats."),
+        loss_figure(rows),
         one("Learning rate", "lr", "learning rate", "Warmup, then the schedule."),
         one("Gradient norm", "grad_norm", "norm", "Of the whole gradient, before it is clipped."),
         layer_figure([(row["step"], row["grad_norms"]) for row in rows if row.get("grad_norms")]),
@@ -43,9 +38,15 @@ def run_page(folder: Path, config: Config, kept: Mapping[str, float], sample: st
     if sample:
         parts += [heading("What it writes"), paragraph("At temperature 0.8.", "soft"), pre(sample)]
     parts += [heading("What a token leaves in memory"), memory_table(kept, config)]
-    settings = "\n".join(f"{name} = {value!r}" for name, value in vars(config.model).items())
-    settings += "\n" + "\n".join(f"{name} = {value!r}" for name, value in vars(config.train).items())
-    return page(f"run {folder.name}", [*parts, folded("Settings", pre(settings))])
+    return page(f"run {folder.name}", [*parts, folded("Settings", pre(to_toml(config)))])
+
+
+def loss_figure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The losses of a run's rows (metrics.jsonl)."""
+    lines = [Line("ours", points(rows, "loss")), Line("plain", points(rows, "val_loss"), dots=True)]
+    keys: Keys = (("ours", "training"), ("plain", "validation"))
+    text = "Cross-entropy of the next token, in nats; a training point is one batch."
+    return figure("Loss", line_chart("Loss of the run", lines, "step", "loss"), keys, text)
 
 
 def layer_figure(rows: Sequence[tuple[float, Mapping[str, float]]]) -> str:
@@ -57,7 +58,10 @@ def layer_figure(rows: Sequence[tuple[float, Mapping[str, float]]]) -> str:
     kinds = dict.fromkeys(blocks, "faint") | dict.fromkeys(blocks[-1:], "plain") | dict.fromkeys(blocks[:1], "ours")
     # Coloured ones last, to lie above.
     order = sorted(blocks, key=lambda name: kinds[name] != "faint")
-    lines = [Line(kinds[name], [(step, norms[name]) for step, norms in rows if name in norms]) for name in order]
+    lines = [
+        Line(kinds[name], [(step, norms[name]) for step, norms in rows if norms.get(name) is not None])
+        for name in order
+    ]
     keys: Keys = (("ours", "first block"), ("plain", "last block"), ("other", "between"))
     text = "A block whose norm leaves the others' is where a run goes wrong first."
     return figure(title, line_chart(title, lines, "step", "norm", log=True), keys, text)

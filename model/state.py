@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
 from model.guard import Spikes
 from model.hf import initial
-from model.memory import activation_bytes, largest_micro, state_bytes
+from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, parts_of, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
 from model.ranks import Ranks, join, local_rank
+from model.run_files import summary_writer
 from model.tokenizer import restored
 
 
@@ -105,8 +107,10 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     torch.backends.cuda.matmul.allow_tf32 = t.tf32
     torch.manual_seed(t.seed)
     model = build_model(config, weights).to(device)
-    # A backend that cannot run here raises now, not in the first step.
-    learner = Learner(config, model, first_micro(config, ranks, model, device), ranks)
+    backends = backends_of(model, config)  # one that cannot run here raises now, not in the first step
+    if t.tensorboard:
+        summary_writer()  # raises without its package, on every rank and before there is a folder
+    learner = Learner(config, model, first_micro(config, ranks, model, device, backends), ranks)
     state = State(config, dataset, learner, device, folder)
     if earlier:
         state.learner.restore(earlier)
@@ -131,16 +135,17 @@ def check_shares(config: Config, ranks: Ranks) -> None:
         )
 
 
-def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device) -> int:
+def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device, backends: Mapping[str, str]) -> int:
     """Sequences of a forward: the setting, or as many as should fit."""
-    backends, micro = backends_of(model, config), config.train.micro_batch
+    micro = config.train.micro_batch
     if micro != "auto":
         return int(micro)
     if device.type != "cuda":
         return config.sequences // ranks.count
-    parameters = report.count_parameters(model)
-    # The weights are there already.
-    room = torch.cuda.mem_get_info(device)[0] - state_bytes(config, parameters) + 4 * parameters
+    parameters, trained = report.count_parameters(model), report.count_trained(model)
+    # All weights are there already, also of a model that is about to be spread.
+    state = state_bytes(config, parameters, trained, parts_of(config, ranks))
+    room = torch.cuda.mem_get_info(device)[0] - state + WEIGHT_BYTES * parameters
     return largest_micro(config, config.sequences // ranks.count, room, backends)
 
 
@@ -168,4 +173,7 @@ def run_folder(config: Config, label: str) -> Path:
 def estimated_bytes(state: State) -> int:
     """The memory of a step as it was expected."""
     kept = activation_bytes(state.config, state.learner.micro, state.backends)
-    return kept + state_bytes(state.config, report.count_parameters(state.model))
+    parts = parts_of(state.config, state.ranks)
+    return kept + state_bytes(
+        state.config, report.count_parameters(state.model), report.count_trained(state.model), parts
+    )

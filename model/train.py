@@ -284,5 +284,5 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
     if result["interrupted"]:
         progress.note(f"stopped after step {state.step}, saved: go on with  {command}")
     else:
-        progress.note(report.end_card(result, report.next_commands(folder, state.dataset, config)))
+        progress.note(report.end_card(result, report.next_commands(folder, state.dataset, config, command)))
     return result

@@ -31,6 +31,12 @@ def threads():
     torch.set_num_threads(count)
 
 
+@pytest.fixture
+def one_thread(threads):
+    """Threads for such small models only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def device(request):
     """Where there is a GPU, a test of one of its backends makes its tensors there, if not marked on_cpu."""

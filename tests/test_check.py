@@ -13,13 +13,9 @@ from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_pla
 from model.equivalence_sites import forward_sites
 from model.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ["tiny", "n_layer=1", "n_embd=16", "batch=4", "--steps", "3", "--band", "2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def check(capsys, *arguments):

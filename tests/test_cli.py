@@ -12,11 +12,7 @@ import torch
 from model import cli
 from model.checkpoint import LAST, load
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

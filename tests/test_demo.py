@@ -5,21 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import benchmarks.cli
 from model import cli, demo
 from model.config import resolve
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASE = json.loads(
     (Path(__file__).parent.parent / "benchmarks/results/avx2-train-shakespeare-cpu.json").read_text(encoding="utf-8")
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def test_it_ends_with_a_page_of_everything(tmp_path, monkeypatch, capsys):

@@ -8,14 +8,10 @@ from model.fast import FastGPT
 from model.generate import generate, next_token_probabilities
 from model.reference import GPT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = ModelConfig(vocab_size=11, context=8, n_layer=1, n_head=2, n_embd=16, dropout=0.3)
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def make_model(kind=GPT, std=0.1):

@@ -20,15 +20,12 @@ from model.reference import GPT
 from model.shards import TOKENIZER
 from model.weights_file import EVERY, load_weights, read_safetensors, write_safetensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = ModelConfig(vocab_size=300, context=24, n_layer=2, n_head=2, n_embd=32)
 SHAPE = {"vocab_size": 300, "n_positions": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
 ENDS = {"bos_token_id": 256, "eos_token_id": 256}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from training_case import chosen, same_values, small_settings
 
 from model.checkpoint import BEST, LAST, load
 from model.run_files import read_json_lines
 from model.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DRIVER = Path(__file__).with_name("kill_driver.py")
 KILLS = 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
 
 
 def test_killed_twenty_times_and_equal_in_every_bit(tmp_path):

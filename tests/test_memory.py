@@ -14,10 +14,7 @@ from model.optimize import Learner
 from model.recompute import recompute
 from model.train import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

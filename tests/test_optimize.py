@@ -22,12 +22,9 @@ from model.reference import GPT
 from model.run_files import read_metrics
 from model.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

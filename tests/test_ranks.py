@@ -23,14 +23,11 @@ from model.run_files import read_metrics
 from model.state import check_shares
 from model.train import resume, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DRIVER = Path(__file__).with_name("ranks_driver.py")
 KINDS = ("ddp", "fsdp")
 RUN = ["dropout=0.1", "micro_batch=2", "eval_every=6", "sample_tokens=5", "ema=0.5"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,7 @@ from model.run_files import read_json_lines, read_metrics, trim_samples
 from model.run_page import run_page
 from model.train import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_norms_of_the_layers_are_parts_of_the_whole():
@@ -43,7 +40,7 @@ def test_a_run_leaves_json_lines_and_a_page(tmp_path):
     assert [row["step"] for row in rows] == [3, 6, 9, 12] == [int(row["step"]) for row in short]
     assert rows[-1]["val_loss"] == result["val_loss"] and list(rows[0]["grad_norms"])[2] == "block 0"
     page = (tmp_path / "a" / "report.html").read_text()
-    for part in ("<svg", "Learning rate", "Gradient norm of each block", "Throughput", "12 of 12", "recompute = &#x27;full&#x27;",
+    for part in ("<svg", "Learning rate", "Gradient norm of each block", "Throughput", "12 of 12", "recompute = &quot;full&quot;",
                  f"{result['val_loss']:.4f}", "bytes in 2 layers", ">128<"):  # fmt: skip
         assert part in page, part  # 128: x and branch of 16 numbers in fp32
     assert len(re.findall("<polyline", page)) == 7 and "http://" not in re.sub(r'xmlns="[^"]*"', "", page)

@@ -11,14 +11,10 @@ from model.equivalence_faults import FAULTS, Fault
 from model.equivalence_sites import forward_sites
 from model.equivalence_subject import subject
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["n_layer=2", "n_embd=16", "batch=4"]
 BY_NAME = {fault.name: fault for fault in FAULTS}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def check(capsys, *arguments):

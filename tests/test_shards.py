@@ -15,12 +15,12 @@ from model.prepare import prepare
 from model.shards import MANIFEST, TOKENIZER, Shards, ShardWriter, permuted
 from model.tokenizer import END_OF_TEXT, train_bpe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = "the quick brown fox jumps over a lazy dog and finds its own tail again, said the narrator\n"
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTKERNELS_CACHE", str(tmp_path / "cache"))
 
 

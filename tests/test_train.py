@@ -28,15 +28,11 @@ from model.interrupt import interruptible
 from model.run_files import read_metrics
 from model.train import resume, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
 FILES = {"config.toml", "env.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.svg", "report.html",
          "result.json", LAST, BEST}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -11,13 +11,9 @@ from model.config import ModelConfig
 from model.reference import GPT
 from model.weights_file import load_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """Threads for such small models only wait for each other."""
-    torch.set_num_threads(1)
 
 
 def write_safetensors(path, tensors):

@@ -26,4 +26,19 @@ DEVICE float sum_of_warps(float warp_total, Shared<float> scratch, int warps) {
     return warp_sum(lane < warps ? (float)scratch[lane] : 0.0f);
 }
 
+// In warp 0 the sum over all warps of what its lanes have, through a float of shared memory for each number.
+template <int WARPS, int N>
+DEVICE Vector<float, N> sum_over_warps(Vector<float, N> sum, Shared<float> scratch) {
+    store(scratch + (int)threadIdx.x * N, sum);
+    __syncthreads();
+    if (threadIdx.x >= WARP) return sum;
+    UNROLL
+    for (int w = 1; w < WARPS; ++w) {
+        Vector<float, N> other = load<N>(scratch + (w * WARP + (int)threadIdx.x) * N);
+        UNROLL
+        for (int j = 0; j < N; ++j) sum[j] += other[j];
+    }
+    return sum;
+}
+
 }  // namespace gptkernels

@@ -202,10 +202,8 @@ DEVICE void sum_rows(const Sums& p, Shared<float> sums) {
         for (int row = warp; row < (int)p.workers; row += SUM_WARPS)
             sum = add(sum, load<4>(p.rows[WHICH] + ((int64_t)row * p.stride + 4 * quad)));
     }
-    store(sums + 4 * (int)threadIdx.x, sum);
-    __syncthreads();
+    sum = sum_over_warps<SUM_WARPS>(sum, sums);
     if (warp != 0) return;
-    for (int w = 1; w < SUM_WARPS; ++w) sum = add(sum, load<4>(sums + 4 * (w * WARP + (int)threadIdx.x)));
     int column = 4 * quad;
     if (p.row_threads) {
         int packet = quad / p.row_threads;

@@ -4,6 +4,7 @@
 //
 // Bytes of a copy: the factor once read and once written. Of the sums: dy once read.
 #include "common/launch_product.cuh"
+#include "common/reduce.cuh"
 #include "linear/linear_cuda.h"
 
 namespace gptkernels {
@@ -76,15 +77,8 @@ __global__ void __launch_bounds__(SUM_WARPS* WARP)
             UNROLL
             for (int j = 0; j < N; ++j) sum[j] += v[j];
         }
-    store(sums + (int)threadIdx.x * N, sum);
-    __syncthreads();
+    sum = sum_over_warps<SUM_WARPS>(sum, sums);
     if (warp != 0 || col >= columns) return;
-    UNROLL
-    for (int w = 1; w < SUM_WARPS; ++w) {
-        Vector<float, N> v = load<N>(sums + (w * WARP + lane) * N);
-        UNROLL
-        for (int j = 0; j < N; ++j) sum[j] += v[j];
-    }
     store_floats(y, (int64_t)blockIdx.y * columns + col, sum);
 }
 

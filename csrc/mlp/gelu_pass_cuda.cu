@@ -4,6 +4,7 @@
 // dh's columns, which are db_fc. A warp takes every WARPS-th row of a block's; lane by lane 16 bytes of neighbouring
 // columns. Bytes: h in and g out; backward h and dg in, dh and g out.
 #include "common/launch_product.cuh"
+#include "common/reduce.cuh"
 #include "mlp/gelu.cuh"
 #include "mlp/mlp_cuda.h"
 
@@ -47,15 +48,8 @@ __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(Global<const T> 
         }
     }
     if (!partial) return;
-    store(sums + (int)threadIdx.x * N, sum);
-    __syncthreads();
+    sum = sum_over_warps<WARPS>(sum, sums);
     if (warp != 0 || col >= columns) return;
-    UNROLL
-    for (int w = 1; w < WARPS; ++w) {
-        Vector<float, N> v = load<N>(sums + (w * WARP + lane) * N);
-        UNROLL
-        for (int j = 0; j < N; ++j) sum[j] += v[j];
-    }
     store(partial + (int64_t)blockIdx.y * columns + col, sum);
 }
 

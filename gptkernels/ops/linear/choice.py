@@ -1,6 +1,6 @@
-"""Which GEMM runs a product of the Triton backend: the kernels here ("triton") or torch's ("cublas").
+"""Which GEMM runs a product of the Triton backend: the kernels here ("triton") or torch's ("cublas"); and of cuda's.
 
-A winner measured on this device (`gptkernels tune` stores it) decides; where there is none, a rule does.
+For Triton a winner measured on this device (`gptkernels tune` stores it) decides; where there is none, a rule does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ import torch
 # cuBLAS, about 8 % of its time: 0.08 * 2K / (220 TFLOP/s) = 2 bytes / (1.4 TB/s) an element on an A100 gives 1960. The
 # backward's epilogue saves twice the bytes. A plain product saves nothing. Reasoned for sm_80, not measured there.
 WIDEST_K = {"plain": 0, "gelu": 2048, "gelu_backward": 4096}
-# From this compute capability on cuBLAS is too far ahead for any epilogue. In a step of GPT-2 (124M, 16384 tokens) on an
-# H200, us a layer: gelu 172 here, 164 by cuBLAS and a pass; gelu_backward 279 and 232; two gradients of weights 262 and 175.
+# From this compute capability on cuBLAS multiplies by wgmma and is too far ahead for any epilogue. In a step of GPT-2 (124M,
+# 16384 tokens) on an H200, us a layer: gelu 172 by Triton, 164 by cuBLAS and a pass; gelu_backward 279 and 232; two gradients
+# of weights 262 and 175. csrc's mma.sync: 16384 x 768 x 2304 took 166 us, by cuBLAS 93.
 CUBLAS_FROM = 9
+
+
+@lru_cache(maxsize=64)
+def cublas_is_ahead(device: torch.device) -> bool:
+    """Whether every product on this GPU is left to cuBLAS."""
+    return torch.cuda.get_device_properties(device).major >= CUBLAS_FROM
 
 
 @lru_cache(maxsize=4096)
@@ -33,13 +40,12 @@ def choose(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: tor
 def by_rule(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
     """The choice without a measurement."""
     # float32 runs on the FMA units, where cuBLAS is further ahead than a pass costs.
-    properties = torch.cuda.get_device_properties(device)
-    if dtype == torch.float32 or WIDEST_K[product] < K or properties.major >= CUBLAS_FROM:
+    if dtype == torch.float32 or WIDEST_K[product] < K or cublas_is_ahead(device):
         return "cublas"
     # Rows that begin off 16 bytes are loaded one element at a time, and fewer tiles than processors leave some idle:
     # cuBLAS has kernels for both.
     tiles = -(-M // 64) * -(-N // 64)
-    if N % 8 or K % 8 or tiles < properties.multi_processor_count:
+    if N % 8 or K % 8 or tiles < torch.cuda.get_device_properties(device).multi_processor_count:
         return "cublas"
     return "triton"
 

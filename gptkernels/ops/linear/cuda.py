@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptkernels.ops.linear.choice import cublas_is_ahead
+
 KERNELS = torch.ops.gptkernels_kernels
-# From this compute capability on cuBLAS multiplies by wgmma, which csrc/common/gemm_cuda.cuh's mma.sync does not reach:
-# 16384 x 768 x 2304 in bfloat16 took 166 us with it, and 93 with cuBLAS, on an H200.
-CUBLAS_FROM = 9
 
 
 def own_products(x: Tensor) -> bool:
     """Whether products with x run on the kernels here."""
-    return not x.is_cuda or torch.cuda.get_device_properties(x.device).major < CUBLAS_FROM
+    return not x.is_cuda or not cublas_is_ahead(x.device)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
