@@ -65,8 +65,10 @@ def find_torch() -> bool:
 
 def find_toolkit() -> None:
     """Set CUDA_HOME, which torch guesses from where nvcc lies: that may be a script that runs the toolkit's."""
+    import torch
+
     nvcc = shutil.which("nvcc")
-    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+    if torch.version.cuda is None or nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
     if top := re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE):
@@ -86,6 +88,7 @@ def isas() -> list[str]:
 
 def extensions() -> list:
     """Every native library that can be tried here."""
+    find_toolkit()  # before torch's cpp_extension is imported, which guesses then
     return [*cpu_extensions(), *cuda_extensions(), simt_extension(), *report_extensions()]
 
 
@@ -223,7 +226,6 @@ def build_command() -> type:
     return Build.with_options(no_python_abi_suffix=True)
 
 
-find_toolkit()
 if find_torch():
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
 else:

@@ -32,7 +32,6 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-ARCHES = (80, 86, 89, 90, 100, 120)
 KB = 1024
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
@@ -218,22 +217,16 @@ def figures(launch: Launch) -> Figures:
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
     usage, code = disassemble(compiled.asm["cubin"])
-    operations = [(int(address, 16), opcode, rest) for address, opcode, rest in INSTRUCTION.findall(code)]
-    opcodes = Counter(opcode for _, opcode, _ in operations if opcode != "NOP")
-    families: Counter[str] = Counter()
-    for opcode, count in opcodes.items():
-        families[opcode.split(".")[0]] += count
+    families, in_code = counted(code)
     tensor_cores: Counter[str] = Counter()
     for family, kind in TENSOR_CORES.items():
         tensor_cores[kind] += families[family]
     shared = int(compiled.metadata.shared)
     threads = 32 * int(compiled.metadata.num_warps)
-    bodies = loops(code)
     blocks = blocks_per_multiprocessor(DEVICES[launch.arch], usage["REG"], threads // 32, shared)
     return Figures(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
-        spilled_in_loops=max((sum(" LDL" in line or " STL" in line for line in body) for body in bodies), default=0),
         shared=shared,
         shared_limit=DEVICES[launch.arch].shared_per_block,
         threads=threads,
@@ -243,19 +236,38 @@ def figures(launch: Launch) -> Figures:
         tensor_cores={kind: count for kind, count in tensor_cores.items() if count},
         cp_async=families["LDGSTS"],
         tma=families["UTMALDG"],
-        widest_load=max((width(opcode) for opcode in opcodes if opcode.startswith(("LDG.", "LDGSTS."))), default=0),
-        widest_store=max((width(opcode) for opcode in opcodes if opcode.startswith("STG.")), default=0),
-        instructions=sum(opcodes.values()),
-        executed=None if bodies else sum(opcodes.values()),
+        executed=None if loops(code) else in_code["instructions"],
+        **in_code,
     )
+
+
+def counted(code: str) -> tuple[Counter[str], dict[str, int]]:
+    """Of a disassembly: its instructions by family, and those of Figures' figures that are counted in the code."""
+    opcodes = Counter(opcode for _, opcode, _ in INSTRUCTION.findall(code) if opcode != "NOP")
+    families: Counter[str] = Counter()
+    for opcode, count in opcodes.items():
+        families[opcode.split(".")[0]] += count
+    moved = (sum(" LDL" in line or " STL" in line for line in body) for body in loops(code))
+    return families, {
+        "spilled_in_loops": max(moved, default=0),
+        "widest_load": max((width(x) for x in opcodes if x.startswith(("LDG.", "LDGSTS."))), default=0),
+        "widest_store": max((width(x) for x in opcodes if x.startswith("STG.")), default=0),
+        "instructions": opcodes.total(),
+    }
+
+
+def spills(spilled: int, in_loops: int) -> list[str]:
+    """What there is to say of bytes a thread that do not fit into registers, and of instructions that move them in loops.
+
+    A word that is stored once before a loop and loaded once after it costs nothing; more than that does.
+    """
+    wrong = in_loops or spilled > WORDS_AROUND_LOOPS
+    return [f"spills {spilled} bytes a thread, {in_loops} instructions in loops"] if wrong else []
 
 
 def problems(figures: Figures, dtype: torch.dtype) -> list[str]:
     """What a kernel on aligned, contiguous data must not show, in words; empty if it is as it should be."""
-    found = []
-    # A word that is stored once before a loop and loaded once after it costs nothing; more than that does.
-    if figures.spilled_in_loops or figures.spilled > WORDS_AROUND_LOOPS:
-        found.append(f"spills {figures.spilled} bytes a thread, {figures.spilled_in_loops} instructions in loops")
+    found = spills(figures.spilled, figures.spilled_in_loops)
     if figures.shared > figures.shared_limit:
         found.append(f"needs {figures.shared} bytes of shared memory, the device has {figures.shared_limit}")
     if figures.matrix and dtype.itemsize == 2 and not figures.tensor_cores:

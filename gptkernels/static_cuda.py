@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gptkernels import static
+from gptkernels.static_table import KNOWN_ARCHES
 
 CSRC = Path(__file__).parent.parent / "csrc"
 CACHE = CSRC.parent / "build" / "cubin"
-ARCHES = (75, *static.ARCHES)
+ARCHES = (75, *KNOWN_ARCHES)
 FLAGS = ("-cubin", "-O3", "-std=c++20", "-Werror", "all-warnings")
 # Kernels that multiply matrices, on tensor cores where they are of 16-bit numbers.
 MATRIX = ("gemm_kernel", "attention_forward", "attention_key_gradient", "attention_query_gradient")
@@ -95,27 +95,20 @@ def kernels_of(source: Path, arch: int) -> list[Kernel]:
 
 def kernel_of(op: str, name: str, arch: int, usage: tuple[int, ...], threads: int, code: str) -> Kernel:
     """The figures of one kernel from (registers, stack, shared, local) and its disassembly."""
-    opcodes = Counter(opcode for _, opcode, _ in static.INSTRUCTION.findall(code) if opcode != "NOP")
-    families: Counter[str] = Counter()
-    for opcode, count in opcodes.items():
-        families[opcode.split(".")[0]] += count
+    families, in_code = static.counted(code)
     registers, stack, shared, local = usage
-    moved = (sum(" LDL" in line or " STL" in line for line in body) for body in static.loops(code))
     return Kernel(
         op=op,
         name=name,
         arch=arch,
         registers=registers,
         spilled=stack + local,
-        spilled_in_loops=max(moved, default=0),
         shared=shared,
         threads=threads,
         tensor_cores=families["HMMA"],
         cp_async=families["LDGSTS"],
         ldmatrix=families["LDSM"],
-        widest_load=max((static.width(x) for x in opcodes if x.startswith(("LDG.", "LDGSTS."))), default=0),
-        widest_store=max((static.width(x) for x in opcodes if x.startswith("STG.")), default=0),
-        instructions=sum(opcodes.values()),
+        **in_code,
     )
 
 
@@ -155,9 +148,7 @@ def demangled(names: list[str]) -> list[str]:
 
 def problems(kernel: Kernel) -> list[str]:
     """What a kernel must not show, in words; empty if it is as it should be."""
-    found = []
-    if kernel.spilled_in_loops or kernel.spilled > static.WORDS_AROUND_LOOPS:
-        found.append(f"spills {kernel.spilled} bytes a thread, {kernel.spilled_in_loops} instructions in loops")
+    found = static.spills(kernel.spilled, kernel.spilled_in_loops)
     half = re.search(r"\b(bf16|fp16)\b", kernel.name)
     # bfloat16 has no product before sm_80: those kernels are empty.
     if kernel.name.startswith(MATRIX) and half and not (kernel.arch < 80 and half[1] == "bf16"):

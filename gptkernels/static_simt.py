@@ -43,6 +43,8 @@ class Counts:
 
 def table(op: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> Iterator[Counts]:
     """Every kernel of the operators with `op` in their name, case by case. Raises what breaks a rule of csrc/simt."""
+    if not any(op in name for name, _, _ in cases()):
+        raise ValueError(f"no kernels of an operator called {op!r}")
     for name, size, call in cases():
         for dtype in dtypes if op in name else ():
             yield from counted(name, size, dtype, call)

@@ -176,7 +176,7 @@ def arguments() -> argparse.ArgumentParser:
         nargs="+",
         default=[80, 90, 100],
         metavar="SM",
-        help="80 86 89 90 100 120, with --of cuda also 75 (default 80 90 100)",
+        help="80 86 89 90 100 120, without Triton's table also 75 (default 80 90 100)",
     )
     add("--all", action="store_true", help="every size and architecture; without a cache some 50 minutes")
     add("--op", default="", help="only operators with this in their name")
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line; 1 if a kernel is not as it should be, 2 if a table that was asked for cannot be made."""
     parser = arguments()
     options = parser.parse_args(argv)
-    known = (75, *KNOWN_ARCHES) if options.of == ["cuda"] else KNOWN_ARCHES
+    known = KNOWN_ARCHES if "triton" in (options.of or PARTS) else (75, *KNOWN_ARCHES)
     if unknown := [arch for arch in options.arch if arch not in known]:
         parser.error(f"--arch must be of {', '.join(map(str, known))}, got {unknown[0]}")
     reasons = {part: unavailable(part, options.liger) for part in options.of or PARTS}

@@ -21,7 +21,7 @@ class Limits(NamedTuple):
 # Without a GPU (interpreter, static analysis): an A100's shared memory, one processor to fill.
 NO_GPU = Limits(163 * 1024, 1, False)
 # Compiled kernels by what they were compiled for, and how many there may be before all are forgotten.
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_compiled: dict[tuple, tuple[Any, Any, tuple]] = {}
 MOST_COMPILED = 4096
 NUMBERS = (int, float, bool, type(None))
 
@@ -57,13 +57,14 @@ def launch_compiled(
     """Launch by the compiled kernel itself, once Triton's JIT has found it for the same arguments.
 
     The JIT looks at every argument, and makes a key of 30 to 40 of them, in 14 us (H200's host) each time. All that it
-    looks for is in this key: dtypes and alignment of tensors, the numbers, constants and options.
+    looks for is in this key: dtypes and alignment of tensors, the numbers, constants and options. Python calls 1, 1.0 and
+    True equal, which Triton does not: a caller gives each argument numbers of one type, and descriptors of describe().
     """
     arguments_key = tuple([a if a.__class__ in NUMBERS else specialization(a) for a in arguments])
     key = (id(kernel), device.index, arguments_key, tuple(constants.items()))
     found = _compiled.get(key)
     if found is not None:
-        compiled, rest = found
+        _, compiled, rest = found
         compiled[grid + (1, 1)](*arguments, *rest)
         return
     compiled = kernel[grid](*arguments, **constants)
@@ -71,7 +72,8 @@ def launch_compiled(
         return
     if len(_compiled) >= MOST_COMPILED:
         _compiled.clear()
-    _compiled[key] = compiled, tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
+    # With the kernel itself, so that its id stays its own.
+    _compiled[key] = kernel, compiled, tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
 
 
 def specialization(x: Any) -> tuple:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard  # noqa: F401  imported once, before the fork
-from training_case import chosen, gradients, small_settings, some_batch
+from training_case import KINDS, RUN, chosen, gradients, small_settings, some_batch
 
 from model import evaluate as evaluation
 from model import optimize, ranks
@@ -22,7 +22,6 @@ from model.data import all_windows, load_dataset
 from model.parallel import whole
 from model.train import resume, train
 
-KINDS = ("ddp", "fsdp")
 # What FSDP2 calls, under its newer name and its older one.
 REDUCE = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
@@ -89,11 +88,10 @@ def work(folder):
     found = {"gradients": step_gradients(settings, joined)}
     loss, calls = evaluations(settings, joined)
     found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
-    more = ["dropout=0.1", "micro_batch=2", "eval_every=6", "sample_tokens=5", "ema=0.5"]
     for kind in KINDS:
-        train(chosen(settings, *more, f"parallel={kind}", f"name={kind}"), quiet=True)
-    train(chosen(settings, *more, "steps=6", "parallel=fsdp", "name=parted", "schedule=wsd", "decay=0.01"), quiet=True)
-    train(chosen(settings, *more, "steps=6", "parallel=ddp", "name=entire", "schedule=wsd", "decay=0.01"), quiet=True)
+        train(chosen(settings, *RUN, f"parallel={kind}", f"name={kind}"), quiet=True)
+    train(chosen(settings, *RUN, "steps=6", "parallel=fsdp", "name=parted", "schedule=wsd", "decay=0.01"), quiet=True)
+    train(chosen(settings, *RUN, "steps=6", "parallel=ddp", "name=entire", "schedule=wsd", "decay=0.01"), quiet=True)
     # Kept by one kind, gone on with by the other.
     resume(folder / "parted", ["steps=12", "parallel=ddp"], quiet=True)
     if joined.first:

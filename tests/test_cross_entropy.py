@@ -28,7 +28,7 @@ from oracle import (
 )
 
 from gptkernels import linear_cross_entropy
-from gptkernels.ops.cross_entropy import reference
+from gptkernels.ops.cross_entropy import chunks, reference
 
 # The products of a CUDA backend are torch's: on the CPU they round differently on more threads or at another alignment.
 _, _, cases_of_own_products = over({**BACKENDS, **CUDA})
@@ -80,6 +80,15 @@ def test_padded_vocabulary(backend, dtype, N, words, reduction):
     with torch.no_grad():
         given["weight"][words:] = math.nan
     check_equal(results(partial(call, backend=backend), given, douts)[0], found)
+
+
+@pytest.mark.parametrize("V", [1, 8, 24, 65, 96, 50257])
+def test_rows_of_logits_are_what_cublas_and_triton_are_fast_with(V):
+    """Whole multiples of 16, a vocabulary that is no such one padded with words of 0; the words themselves are kept."""
+    weight = draw((V + 3, 4), torch.float32, 1).detach()
+    found = chunks.words(weight, V, torch.bfloat16)
+    assert found.shape[0] % 16 == 0 and found.shape[0] - V < 64
+    assert torch.equal(found[:V], weight[:V].bfloat16()) and not found[V:].any()
 
 
 @reductions

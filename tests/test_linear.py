@@ -71,6 +71,17 @@ def test_float32_weights(backend, dtype, shape, C_out, bias):
     assert results(partial(linear, backend=backend), inputs(0))[0]["gradient of weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", SIMT["simt"], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    "shape, C_out", [((1, 1), 1), ((5,), 3), ((2, 3, 7), 5), ((260, 8), 24), ((0, 7), 5), ((3, 0), 4)]
+)
+def test_products_of_torch(monkeypatch, dtype, shape, C_out, bias):
+    """What goes around them, as on a GPU whose cuBLAS is faster than the products here."""
+    monkeypatch.setattr("gptkernels.ops.linear.cuda.own_products", lambda x: False)
+    check_against_oracle(linear, partial(linear_inputs, shape, C_out, dtype, bias=bias), "simt")
+
+
 @dtypes
 def test_a_wide_range_of_numbers(backend, dtype):
     """Rows of 1e-15 beside rows of 1e15 (float16: 1e-2 and 1e2): each keeps its own scale."""

@@ -202,7 +202,7 @@ def test_a_compiled_step_is_the_same_step(settings, monkeypatch):
 
 
 def test_one_step_is_adamw_on_the_clipped_gradient(settings):
-    """train_step against the same step from torch's parts, in every bit."""
+    """timed_step against the same step from torch's parts, in every bit."""
     config = chosen(settings, "clip=0.5", "warmup=0")
     state, twin = training.prepare(config, None), training.prepare(config, None)
     x, y = random_batch(twin.dataset.train, 8, 16, config.train.seed, 0)
@@ -240,7 +240,7 @@ def test_the_schedule():
 
 
 def test_the_average_is_what_is_evaluated(settings, tmp_path):
-    """Its own weights go on as without it; best.pt has the average; a resumed run has the same bits."""
+    """Its own weights go on as without it; best.pt has the average (tests/test_kill.py: a resumed run has its bits)."""
     plain = training.prepare(chosen(settings), None)
     state = training.prepare(chosen(settings, "ema=0.9"), None)
     average = [p.detach().clone() for p in state.model.parameters()]
@@ -255,12 +255,24 @@ def test_the_average_is_what_is_evaluated(settings, tmp_path):
     assert same_weights(plain.model, state.model)
     result = train(chosen(settings, "ema=0.9", "steps=8", "eval_every=4", "name=a"), quiet=True)
     best, last = (load(tmp_path / "a", name) for name in (BEST, LAST))
+    assert result["best_step"] == 8
     for i, name in enumerate(name for name, _ in state.model.named_parameters()):
-        assert result["best_step"] != 8 or torch.equal(best["model"][name], last["average"][i])
+        assert torch.equal(best["model"][name], last["average"][i])
         assert not torch.equal(best["model"][name], last["model"][name])
-    more = training.resume(tmp_path / "a", ["steps=12"], quiet=True)
-    straight = train(chosen(settings, "ema=0.9", "steps=12", "eval_every=4", "name=b", "schedule=wsd"), quiet=True)
-    assert more["step"] == straight["step"] == 12
+
+
+def test_a_resume_may_change_how_to_train(settings, tmp_path):
+    """An average that begins there begins at the weights, fp16 with a scale of its own, betas and decay are the new ones."""
+    train(chosen(settings, "steps=4", "eval_every=4", "name=a"), quiet=True)
+    payload = load(tmp_path / "a", LAST)
+    more = ["steps=8", "ema=0.9", "dtype=fp16", "weight_decay=0.5", "beta1=0.5", "beta2=0.6"]
+    state = training.prepare(chosen(settings, *more), None, payload)
+    assert all(map(torch.equal, state.learner.average, state.model.parameters()))
+    assert torch.equal(state.model.lm_head.weight, payload["model"]["lm_head.weight"])
+    assert state.learner.scaler.get_scale() == 2.0**16
+    groups = state.learner.optimizer.param_groups
+    assert [(g["weight_decay"], g["betas"]) for g in groups] == [(0.5, (0.5, 0.6)), (0.0, (0.5, 0.6))]
+    assert all(state.learner.optimizer.state[p]["step"] == 4 for g in groups for p in g["params"])
 
 
 def test_a_spike_keeps_its_text(settings, tmp_path, monkeypatch, capsys):

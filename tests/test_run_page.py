@@ -1,6 +1,7 @@
 """What a run leaves for readers: JSON lines, TensorBoard, the page with the gradient of each layer."""
 
 import json
+import math
 import re
 import sys
 import types
@@ -12,8 +13,8 @@ from training_case import chosen, gradients, small_settings, some_batch
 from model.checkpoint import build_model
 from model.memory import kept_by_operator
 from model.optimize import Learner, layer_norms
-from model.run_files import read_json_lines, read_metrics, trim_samples
-from model.run_page import run_page
+from model.run_files import as_json_line, read_json_lines, read_metrics, trim_samples
+from model.run_page import layer_figure, run_page
 from model.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,13 +86,16 @@ def test_tensorboard_is_an_option(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RuntimeError, match=r"tensorboard=on needs its package: run `pip install tensorboard`"):
         train(chosen(settings), quiet=True)
+    assert not (tmp_path / "a").exists()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     train(chosen(settings), quiet=True)
     assert written[0] == (str(tmp_path / "a"), 1) and written[-1] == "closed"
     assert {("loss", 12), ("val_loss", 12), ("grad_norms/block 1", 10)} <= set(written[1:-1])
 
 
-def test_json_lines_are_json(tmp_path):
-    train(chosen(small_settings(tmp_path), "name=a", "dtype=fp16"), quiet=True)
-    for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)
+def test_json_lines_are_json():
+    """Also those of a step of fp16 that overflowed."""
+    row = {"step": 1, "loss": 2.5, "grad_norm": math.inf, "grad_norms": {"block 0": math.nan, "ln_f": 1.0}}
+    found = json.loads(as_json_line(row), parse_constant=pytest.fail)
+    assert found == {"step": 1, "loss": 2.5, "grad_norm": None, "grad_norms": {"block 0": None, "ln_f": 1.0}}
+    assert 'points=""' in layer_figure([(1, {"block 0": None})])

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from training_case import same_values
+from training_case import TEXT, assert_same_run, chosen, rows_of, same_values, small_settings
 
 from model import optimize
 from model import state as state_module
@@ -30,46 +30,21 @@ from model.train import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
 FILES = {"config.toml", "env.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.svg", "report.html",
          "result.json", LAST, BEST}  # fmt: skip
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(WORDS[i % 7 :] for i in range(60)))
-    return path
+def settings(tmp_path):
+    """A small run that looks at itself often."""
+    warmup = f"warmup={resolve('tiny')[0].train.warmup}"
+    more = ["batch=4", "eval_batches=2", "eval_every=4", "log_every=1", "sample_tokens=20", warmup]
+    return [*small_settings(tmp_path), *more]
 
 
 @pytest.fixture
-def settings(tmp_path, text):
-    """Overrides of the preset tiny: a few steps on a small text."""
-    fixed = [f"data={text}", f"out={tmp_path}", "threads=1", "n_embd=16", "batch=4", "eval_batches=2"]
-    return [*fixed, "steps=12", "eval_every=4", "log_every=1", "sample_tokens=20"]
-
-
-def config(settings, *more):
-    return resolve("tiny", [*settings, *more])[0]
-
-
-def losses(folder):
-    """metrics.csv without what depends on the clock."""
-    return [
-        {k: v for k, v in row.items() if k not in ("ms", "tokens_per_s")}
-        for row in read_metrics(folder / "metrics.csv")
-    ]
-
-
-def assert_same_run(a, b):
-    for name in (LAST, BEST):
-        ours, theirs = load(a, name), load(b, name)
-        ours["config"].pop("train.name"), theirs["config"].pop("train.name")
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert same_values(ours[key], theirs[key]), f"{name}: {key}"
-    assert losses(a) == losses(b)
-    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+def text(settings, tmp_path):
+    return tmp_path / "text.txt"
 
 
 def interrupt_at(monkeypatch, step):
@@ -89,9 +64,9 @@ def interrupt_at(monkeypatch, step):
 )
 def test_resume_is_exact(settings, tmp_path, monkeypatch, more):
     """Stopped after step 6, between two evaluations: weights, optimizer, random state, metrics and samples are equal."""
-    straight = train(config(settings, *more, "name=straight"), quiet=True)
+    straight = train(chosen(settings, *more, "name=straight"), quiet=True)
     interrupt_at(monkeypatch, 5)
-    stopped = train(config(settings, *more, "name=stopped"), quiet=True)
+    stopped = train(chosen(settings, *more, "name=stopped"), quiet=True)
     monkeypatch.undo()
     assert stopped["interrupted"] and stopped["step"] == 6 and load(tmp_path / "stopped")["step"] == 6
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -104,7 +79,7 @@ def test_resume_is_exact(settings, tmp_path, monkeypatch, more):
 def test_resume_in_another_process_is_exact(settings, tmp_path):
     """The same through the program, with a real SIGINT from outside at whatever step it meets."""
     overrides = [*settings, "steps=300", "eval_every=150", "dropout=0.1"]
-    train(config(overrides, "name=straight"), quiet=True)
+    train(chosen(overrides, "name=straight"), quiet=True)
     code = "import sys; from model.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "train", "tiny", *overrides, "name=stopped"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -134,7 +109,7 @@ def test_the_second_interrupt_stops_at_once(first):
 
 def test_training_in_a_thread_takes_no_signals(settings, tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(train(config(settings, "name=t"), quiet=True)))
+    thread = threading.Thread(target=lambda: results.append(train(chosen(settings, "name=t"), quiet=True)))
     thread.start()
     thread.join()
     assert results[0]["step"] == 12
@@ -142,7 +117,7 @@ def test_training_in_a_thread_takes_no_signals(settings, tmp_path):
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(settings, tmp_path, monkeypatch):
     """Rows beyond the checkpoint are written anew, a torn last line is dropped."""
-    train(config(settings, "name=straight"), quiet=True)
+    train(chosen(settings, "name=straight"), quiet=True)
     real = training.timed_step
 
     def crash(state):
@@ -152,7 +127,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(settings, tmp_pa
 
     monkeypatch.setattr(training, "timed_step", crash)
     with pytest.raises(MemoryError):
-        train(config(settings, "name=killed"), quiet=True)
+        train(chosen(settings, "name=killed"), quiet=True)
     monkeypatch.undo()
     with (tmp_path / "killed" / "metrics.csv").open("a") as file:
         file.write("7,1.2")
@@ -162,7 +137,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(settings, tmp_pa
 
 
 def test_what_resume_refuses(settings, tmp_path, text):
-    train(config(settings, "name=a"), quiet=True)
+    train(chosen(settings, "name=a"), quiet=True)
     folder = tmp_path / "a"
     with pytest.raises(ValueError, match="has done its 12 steps: give steps= a larger number"):
         resume(folder, quiet=True)
@@ -182,22 +157,22 @@ def test_what_resume_refuses(settings, tmp_path, text):
     with pytest.raises(ValueError, match="the text must be the one that the run began with"):
         resume(folder, ["steps=20"], quiet=True)
     with pytest.raises(ValueError, match=r"holds a run: resume it with `train --resume"):
-        train(config(settings, "name=a"), quiet=True)
+        train(chosen(settings, "name=a"), quiet=True)
 
 
 def test_more_steps_and_moved_data(settings, tmp_path, text):
-    train(config(settings, "name=a"), quiet=True)
+    train(chosen(settings, "name=a"), quiet=True)
     moved = text.rename(tmp_path / "moved.txt")
     result = resume(tmp_path / "a", ["steps=16", f"data={moved}"], quiet=True)
     assert result["step"] == 16 and [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.csv")][-1] == "16"
 
 
 def test_the_files_of_a_run(settings, tmp_path):
-    result = train(config(settings, "name=a"), quiet=True)
+    result = train(chosen(settings, "name=a"), quiet=True)
     folder = tmp_path / "a"
     assert {path.name for path in folder.iterdir()} == FILES
     # The resolved settings, with the vocabulary that the data gave.
-    assert resolve(str(folder / "config.toml"))[0].model.vocab_size == len(set(WORDS))
+    assert resolve(str(folder / "config.toml"))[0].model.vocab_size == len(set(TEXT))
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if row["val_loss"]] == ["4", "8", "12"]
@@ -213,15 +188,15 @@ def test_the_files_of_a_run(settings, tmp_path):
 
 
 def test_training_learns(settings):
-    result = train(config(settings, "steps=60", "eval_every=60", "lr=1e-2"), quiet=True)
-    assert result["val_loss"] < 2.6 < math.log(len(set(WORDS)))
+    result = train(chosen(settings, "steps=60", "eval_every=60", "lr=1e-2"), quiet=True)
+    assert result["val_loss"] < 2.6 < math.log(len(set(TEXT)))
 
 
 def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
     for kind in ("fast", "reference"):
-        train(config(settings, "dropout=0.1", f"model={kind}", f"name={kind}"), quiet=True)
-    pairs = zip(losses(tmp_path / "fast"), losses(tmp_path / "reference"), strict=True)
-    assert max(abs(float(a["loss"]) / float(b["loss"]) - 1) for a, b in pairs) < 2e-5  # six digits are written
+        train(chosen(settings, "dropout=0.1", f"model={kind}", f"name={kind}"), quiet=True)
+    pairs = zip(rows_of(tmp_path / "fast"), rows_of(tmp_path / "reference"), strict=True)
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs) < 2e-5
 
 
 def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
@@ -237,12 +212,12 @@ def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"at step 1; not finite first: transformer\.h\.1\.mlp\.c_fc\.weight \(1 of 1024 values\)"
     ):
-        train(config(settings, "name=a"), quiet=True)
+        train(chosen(settings, "name=a"), quiet=True)
     assert not (tmp_path / "a" / LAST).exists()
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, tmp_path):
-    state = training.prepare(config(settings), tmp_path)
+    state = training.prepare(chosen(settings), tmp_path)
     weight = state.model.transformer.h[0].attn.c_proj.bias
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
@@ -258,11 +233,11 @@ def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, 
 
 
 def test_evaluation_is_the_whole_part_without_dropout(settings, text):
-    chosen = config(settings, "dropout=0.5", "vocab_size=40")
+    config = chosen(settings, "dropout=0.5", "vocab_size=40")
     dataset = load_dataset(str(text), 0.1, 16)
-    model = build_model(chosen).train()
-    figures = evaluate(model, dataset, chosen, step=4)
-    assert figures == evaluate(model, dataset, chosen, step=4) and model.training
+    model = build_model(config).train()
+    figures = evaluate(model, dataset, config, step=4)
+    assert figures == evaluate(model, dataset, config, step=4) and model.training
     model.eval()
     tokens, total, count = dataset.val, 0.0, 0
     for start in range(0, len(tokens) - 1, 16):
@@ -272,7 +247,7 @@ def test_evaluation_is_the_whole_part_without_dropout(settings, text):
     assert count == len(tokens) - 1 and figures["val_loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert figures["bits_per_byte"] == pytest.approx(total / count / math.log(2), rel=1e-5)  # a byte a character
-    assert figures["val_loss_random"] != evaluate(model, dataset, chosen, step=8)["val_loss_random"]
+    assert figures["val_loss_random"] != evaluate(model, dataset, config, step=8)["val_loss_random"]
 
 
 @pytest.mark.parametrize("override,error,message", [
@@ -287,24 +262,24 @@ def test_wrong_settings_leave_no_folder(settings, tmp_path, override, error, mes
         override, message = override.replace("cuda", "cuda:99"), ""
         error = (RuntimeError, ValueError)
     with pytest.raises(error, match=message):
-        train(config(settings, f"out={tmp_path}/new", override), quiet=True)
+        train(chosen(settings, f"out={tmp_path}/new", override), quiet=True)
     assert not (tmp_path / "new").exists()
 
 
 def test_folders_that_cannot_be(settings, tmp_path, text):
     with pytest.raises(RuntimeError, match=r"cannot make the run folder .*: Not a directory: choose another out="):
-        train(config(settings, f"out={text}"), quiet=True)
+        train(chosen(settings, f"out={text}"), quiet=True)
     with pytest.raises(RuntimeError, match="must be a folder, but a file is there"):
-        train(config(settings, f"name={text.name}"), quiet=True)
+        train(chosen(settings, f"name={text.name}"), quiet=True)
 
 
 def test_quiet_says_nothing(settings, capsys):
-    train(config(settings), quiet=True)
+    train(chosen(settings), quiet=True)
     assert capsys.readouterr().out == ""
 
 
 def test_the_cards_say_what_matters(settings, tmp_path, capsys):
-    result = train(config(settings, "name=a"))
+    result = train(chosen(settings, "name=a"))
     out = capsys.readouterr().out
     parameters = sum(p.numel() for p in build_model(resolve(str(tmp_path / "a" / "config.toml"))[0]).parameters())
     for part in (f"parameters  {parameters:,}", "4 x 16 = 64 tokens", "FLOPs a token", "memory  about", "1 thread\n",

@@ -1,9 +1,18 @@
-"""A small run to train in tests: its settings, a batch, gradients."""
+"""A small run to train in tests: its settings, a batch, gradients; and whether two runs are the same."""
+
+import os
+import sys
+from pathlib import Path
 
 import torch
 
+from model.checkpoint import BEST, LAST, load
 from model.config import resolve
+from model.run_files import read_json_lines
 
+# What the two ranks of tests/ranks_driver.py train, and one process beside them.
+KINDS = ("ddp", "fsdp")
+RUN = ["dropout=0.1", "micro_batch=2", "eval_every=6", "sample_tokens=5", "ema=0.5"]
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n"
 
 
@@ -50,3 +59,29 @@ def same_values(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_values, a, b))
     return a == b
+
+
+def rows_of(folder):
+    """metrics.jsonl without what depends on the clock."""
+    rows = read_json_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("ms", "tokens_per_s")} for row in rows]
+
+
+def assert_same_run(a, b, but=("train.name",)):
+    """Checkpoints, metrics and samples, bit for bit, but for settings of these names."""
+    for name in (LAST, BEST):
+        ours, theirs = load(a, name), load(b, name)
+        for checkpoint in (ours, theirs):
+            for setting in but:
+                del checkpoint["config"][setting]
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert same_values(ours[key], theirs[key]), f"{name}: {key}"
+    assert rows_of(a) == rows_of(b)
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def driver_environment():
+    """Of a process that runs the project from here, in one thread."""
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, *sys.path]), "OMP_NUM_THREADS": "1"}

@@ -61,7 +61,7 @@ inline void inner_product(vf (&acc)[MR][V], const uint32_t* a, int64_t stride, c
 }
 
 // One tile of C of one slice of K, added to the sum `from` of the slices before it, if any. A slice, and a chain of it,
-// starts at zero: adding K numbers in pieces errs by a term in KC + K / KC, not in K.
+// starts at zero: adding K numbers in pieces errs by a term in the chain + K / chain, not in K.
 template <Product P, int V, bool ROWS>
 void tile_product(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t units, const float* from, float* to) {
     int64_t chain = P == Product::FP32 ? CHAIN : KC;

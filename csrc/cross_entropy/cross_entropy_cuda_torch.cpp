@@ -1,5 +1,5 @@
 // The kernels of linear_cross_entropy on CUDA: tensors to pointers. The products around them are torch's
-// (gptkernels/ops/cross_entropy/cuda.py).
+// (gptkernels/ops/cross_entropy/chunks.py).
 #include "common/device_torch.h"
 #include "cross_entropy/cross_entropy_cuda.h"
 

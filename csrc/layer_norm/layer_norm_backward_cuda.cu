@@ -5,9 +5,9 @@
 // Rows belong to threads as in the forward (rows.cuh). A worker (a warp, or a block for long rows) takes every
 // workers-th row and adds its dweight and dbias up in registers, where its threads own the same columns of every row;
 // at the end it writes them as one fp32 row, and a second kernel adds these rows. No atomics: the same bits every time
-// on devices of as many processors. Rows of more than 8192 columns are read twice (from L2) instead of being kept:
-// beside the sums they do not fit into the registers that 512 threads have. Bytes a row: dy, x, dtotal, dx, C elements
-// each. Memory binds.
+// on devices of as many processors. Rows of more than 8192 columns (fp32: 6144) are read twice (from L2) instead of
+// being kept: beside the sums they do not fit into the registers that 512 threads have. Bytes a row: dy, x, dtotal, dx,
+// C elements each. Memory binds.
 #include <algorithm>
 
 #include "layer_norm/layer_norm_cuda.h"

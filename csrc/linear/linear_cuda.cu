@@ -62,14 +62,14 @@ __global__ void __launch_bounds__(COPY_THREADS)
 
 constexpr int SUM_WARPS = 8, SUM_ROWS = 256;
 
-// Row blockIdx.y of y = the sums over `rows_each` rows of x, N columns a lane: each warp adds every SUM_WARPS-th row,
+// Row blockIdx.x of y = the sums over `rows_each` rows of x, N columns a lane: each warp adds every SUM_WARPS-th row,
 // then these sums are added.
 template <int N>
 __global__ void __launch_bounds__(SUM_WARPS* WARP)
     column_sums_kernel(In<any> x, Out<any> y, int64_t rows, int64_t rows_each, int columns) {
     SHARED_ARRAY(float, sums, SUM_WARPS * WARP * N);
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, col = ((int)blockIdx.x * WARP + lane) * N;
-    int64_t first = blockIdx.y * rows_each, last = first + rows_each < rows ? first + rows_each : rows;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, col = ((int)blockIdx.y * WARP + lane) * N;
+    int64_t first = (int64_t)blockIdx.x * rows_each, last = first + rows_each < rows ? first + rows_each : rows;
     Vector<float, N> sum = {};
     if (col < columns)
         for (int64_t row = first + warp; row < last; row += SUM_WARPS) {
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(SUM_WARPS* WARP)
         }
     sum = sum_over_warps<SUM_WARPS>(sum, sums);
     if (warp != 0 || col >= columns) return;
-    store_floats(y, (int64_t)blockIdx.y * columns + col, sum);
+    store_floats(y, (int64_t)blockIdx.x * columns + col, sum);
 }
 
 void launch_sums(Array x, int64_t rows, int64_t columns, int64_t rows_each, MutableArray y, void* stream) {
     int64_t pieces = rows == 0 ? 1 : (rows + rows_each - 1) / rows_each;
     auto launch_width = [&](int n, auto kernel) {
-        launch({"column_sums", Grid((columns + n * WARP - 1) / (n * WARP), pieces), SUM_WARPS * WARP, 0, stream},
+        launch({"column_sums", Grid(pieces, (columns + n * WARP - 1) / (n * WARP)), SUM_WARPS * WARP, 0, stream},
                kernel, input<any>(x), output<any>(y), rows, rows_each, (int)columns);
     };
     bool packets = in_packets(x.data, columns, bytes_of(x.type)) && in_packets(y.data, columns, bytes_of(y.type));

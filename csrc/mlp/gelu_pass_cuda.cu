@@ -28,8 +28,8 @@ template <class T, bool TANH, int N>
 __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(Global<const T> h, Global<T> dh, Global<T> g,
                                                                 Global<float> partial, int64_t rows, int columns) {
     SHARED_ARRAY(float, sums, THREADS* N);
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, col = ((int)blockIdx.x * WARP + lane) * N;
-    int64_t first = (int64_t)blockIdx.y * ROWS, last = first + ROWS < rows ? first + ROWS : rows;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, col = ((int)blockIdx.y * WARP + lane) * N;
+    int64_t first = (int64_t)blockIdx.x * ROWS, last = first + ROWS < rows ? first + ROWS : rows;
     Vector<float, N> sum = {};
     if (col < columns) {
         UNROLL_BY4
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(THREADS) gelu_backward_kernel(Global<const T> 
     if (!partial) return;
     sum = sum_over_warps<WARPS>(sum, sums);
     if (warp != 0 || col >= columns) return;
-    store(partial + (int64_t)blockIdx.y * columns + col, sum);
+    store(partial + (int64_t)blockIdx.x * columns + col, sum);
 }
 
 // make.operator()<T, TANH, N>() where h has rows of `columns` elements: whole packets where they fill 16 bytes.
@@ -90,7 +90,7 @@ void gelu_backward_cuda(Array h, int64_t rows, int64_t columns, bool tanh, void*
     bool packets = in_packets(h.data, columns, bytes_of(h.type)) && in_packets(dh, columns, bytes_of(h.type));
     if (pieces)
         with_types(h.type, tanh, packets, [&]<class T, bool TANH, int N>() {
-            launch({"gelu_backward", Grid((columns + N * WARP - 1) / (N * WARP), pieces), THREADS, 0, stream},
+            launch({"gelu_backward", Grid(pieces, (columns + N * WARP - 1) / (N * WARP)), THREADS, 0, stream},
                    gelu_backward_kernel<T, TANH, N>, static_cast<const T*>(h.data), static_cast<T*>(dh),
                    static_cast<T*>(g), db.data ? partial : nullptr, rows, (int)columns);
         });

@@ -1,4 +1,5 @@
-// GELU-MLP: both GELU passes live in the epilogues of the products beside them, on fp32 sums in registers.
+// GELU-MLP on products of our own: both GELU passes live in the epilogues beside them, on fp32 sums in registers. What
+// goes beside other libraries' products is in gelu_pass_cuda.cu.
 //
 // Forward: the product x W_fc^T leaves h = (.) + b_fc (for the backward) and g = gelu(h); the one on g is plain.
 // Backward: the product dy W_proj leaves dh = (.) * gelu'(h), g again from the same exponential (so that g need not be

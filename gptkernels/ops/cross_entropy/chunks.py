@@ -22,8 +22,9 @@ CHUNK_LOGITS = 2048 * 50304
 # Rows of a chunk are whole tiles of cuBLAS.
 TILE = 128
 # cuBLAS's fast kernels want sizes in multiples of 16 bytes: with the 50257 words of GPT-2 its products took six times as
-# long as with 50304 (H200, bfloat16). Such a vocabulary is padded to a multiple of PADDED, with rows of zeros.
-ALIGNED, PADDED = 8, 64
+# long as with 50304 (H200, bfloat16). And Triton's loads are wide where it knows rows to be multiples of 16. Any other
+# vocabulary is padded to a multiple of PADDED, with rows of zeros.
+ALIGNED, PADDED = 16, 64
 
 
 class Kernels(Protocol):
@@ -79,11 +80,10 @@ def cross_entropy(
     ignore_index: int,
     mean: bool,
     vocab_size: int,
-    dx: Tensor | None,
-    sums: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the number of targets that count, of words()'s weight; with dx and sums (fp32), those become dx and dW
-    but for float16's factor 1 / used."""
+    """The loss and the number of targets that count, of words()'s weight; `out`, both fp32, become dx and dW but for
+    float16's factor 1 / used; dW begins at 0."""
     counts = kernels.count(targets, ignore_index, vocab_size)
     message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
     torch._assert_async(counts[1] == 0, message)
@@ -97,9 +97,9 @@ def cross_entropy(
         chunk = slice(begin, min(N, begin + rows))
         logits = buffer[: chunk.stop - begin]
         torch.mm(x[chunk], weight.t(), out=logits)
-        gradient = dx is not None and sums is not None
-        losses.append(kernels.rows(logits, targets[chunk], counts, ignore_index, scaled, vocab_size, gradient))
-        if dx is not None and sums is not None:
+        losses.append(kernels.rows(logits, targets[chunk], counts, ignore_index, scaled, vocab_size, out is not None))
+        if out is not None:
+            dx, sums = out
             add_product(dx[chunk], logits, weight, beta=0)
             add_product(sums, logits.t(), x[chunk])
     total = torch.cat(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
@@ -114,9 +114,9 @@ def forward(
     A target out of range raises RuntimeError on the CPU. On a GPU, which is not waited for, it is a device-side
     assertion, as PyTorch's own: the process's next synchronisation raises, and its CUDA context is lost.
     """
-    used = words(weight.contiguous(), vocab_size, x.dtype)
-    x, targets = x.contiguous(), targets.contiguous()
-    return cross_entropy(kernels, x, used, targets, ignore_index, mean, vocab_size, None, None)[0]
+    used = words(weight, vocab_size, x.dtype)
+    x, targets = x.contiguous(), targets.contiguous()  # which a raw operator called by hand may not have
+    return cross_entropy(kernels, x, used, targets, ignore_index, mean, vocab_size, None)[0]
 
 
 def gradients(
@@ -126,13 +126,12 @@ def gradients(
 
     float16's dlogits are kept without the factor 1 / used, which would push most of them below its smallest number.
     """
-    used_words = words(weight.contiguous(), vocab_size, x.dtype)
+    used_words = words(weight, vocab_size, x.dtype)
     x, targets = x.contiguous(), targets.contiguous()
     dx = torch.empty_like(x, dtype=torch.float32)
     sums = weight.new_zeros((max(len(weight), len(used_words)), weight.shape[1]), dtype=torch.float32)
-    loss, used = cross_entropy(
-        kernels, x, used_words, targets, ignore_index, mean, vocab_size, dx, sums[: len(used_words)]
-    )
+    out = dx, sums[: len(used_words)]
+    loss, used = cross_entropy(kernels, x, used_words, targets, ignore_index, mean, vocab_size, out)
     dweight = sums[: len(weight)]
     if mean and x.dtype == torch.float16:
         factor = 1.0 / used.clamp(min=1)

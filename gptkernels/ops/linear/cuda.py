@@ -26,7 +26,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """(..., C) as (N, C)."""
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def bias_gradient(dy: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     """The sums of dy's columns in weight's dtype, empty if they are not wanted."""
     if not wanted:
         return weight.new_empty((0,))
-    return KERNELS.column_sums(dy.contiguous(), weight)
+    return KERNELS.column_sums(dy, weight)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

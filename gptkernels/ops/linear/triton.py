@@ -227,8 +227,8 @@ def column_sums_kernel(
 ):
     """Sums of `each` rows of x (rows, N) to one row of `sums`: every BLOCK_M-th row in one fp32 sum, then those together."""
     N, stride = multiple(N, VECTOR), tl.cast(multiple(stride, VECTOR), tl.int64)
-    i, j = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * each
+    i, j = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * each
     last = tl.minimum(first + each, rows)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(first, last, BLOCK_M):
@@ -236,7 +236,7 @@ def column_sums_kernel(
         tile = tl.load(x_ptr + row * stride + i[:, None] * stride + j[None, :], mask=mask, other=0.0)
         acc += tile.to(tl.float32)
     sums = tl.sum(acc, axis=0).to(sums_ptr.dtype.element_ty)
-    tl.store(sums_ptr + tl.program_id(1) * tl.cast(N, tl.int64) + j, sums, mask=j < N)
+    tl.store(sums_ptr + tl.program_id(0) * tl.cast(N, tl.int64) + j, sums, mask=j < N)
 
 
 def prepare(
@@ -285,7 +285,7 @@ def launch_column_sums(x: Tensor, sums: Tensor, rows_each: int) -> None:
     """
     (rows, N), stride = x.shape, x.stride(0)
     constants = {"VECTOR": vector(x, N, stride), "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 1}
-    grid = (triton.cdiv(N, 64), max(sums.numel() // max(N, 1), 1))
+    grid = (max(sums.numel() // max(N, 1), 1), triton.cdiv(N, 64))  # the second axis ends at 65535
     launch(column_sums_kernel, grid, x.device, x, sums, rows, rows_each, N, stride, **constants)
 
 
@@ -317,12 +317,12 @@ def product_sizes(a: Tensor, b: Tensor, a_along_k: bool, b_along_k: bool) -> tup
 def cublas(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = a b + bias by torch; cuBLAS has a bias in its epilogue too. Without one, out may be float32 beside 16-bit factors."""
     out = out.view(a.shape[0], b.shape[1])
-    if out.dtype != a.dtype:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif bias is None:
-        torch.mm(a, b, out=out)
-    else:
+    if bias is not None:
         torch.addmm(bias.to(a.dtype), a, b, out=out)
+    elif out.dtype != a.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def as_rows(t: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def gelu_mlp(
         (..., C) in x's dtype; in autocast's dtype under autocast.
     Raises:
         ValueError: shapes, devices or approximate. TypeError: dtypes. RuntimeError: the backend cannot run here.
-    Numerics: products are accumulated in fp32 and GELU is applied to the fp32 sum, where eager bfloat16 rounds before it.
+    Numerics: products are accumulated in fp32 and GELU is applied to the fp32 sum, where eager bfloat16 rounds
+        before it; beside cuBLAS's products (on GPUs from compute capability 9 on, below at some sizes) after rounding too.
         Saved for the backward: x and h; gelu(h) is recomputed there. Results do not depend on the number of threads.
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """

@@ -277,7 +277,7 @@ def gelu_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dh *= gelu'(h) where the product lies, g = gelu(h), and the column sums of ROWS rows of dh (or None)."""
-    first, col = tl.program_id(1) * ROWS, tl.program_id(0) * BLOCK_N
+    first, col = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK_N
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(first, tl.minimum(first + ROWS, M), BLOCK_M):
         start, within, mask = output_tile(row, col, M, N, VECTOR, INT64, BLOCK_M, BLOCK_N)
@@ -288,7 +288,7 @@ def gelu_backward_kernel(
         tl.store(dh_ptr + start + within, (dg * slope).to(dh_ptr.dtype.element_ty), mask=mask)
         sums += dg * slope
     if sums_ptr is not None:
-        store_sums(sums_ptr, tl.sum(sums, axis=0), tl.program_id(1), col, N, BLOCK_N)
+        store_sums(sums_ptr, tl.sum(sums, axis=0), tl.program_id(0), col, N, BLOCK_N)
 
 
 def gelu_mlp_forward(
@@ -351,7 +351,7 @@ def gelu_backward(
     torch.mm(dy, w_proj, out=dh)
     sums = partial_sums(h, PASS_ROWS, has_bias)
     constants = {"VECTOR": vector(h, F), "INT64": int64(F * PASS_M), "BLOCK_M": PASS_M, "BLOCK_N": PASS_N}
-    tiles = (triton.cdiv(F, PASS_N), triton.cdiv(M, PASS_ROWS))
+    tiles = (triton.cdiv(M, PASS_ROWS), triton.cdiv(F, PASS_N))  # a grid's second axis ends at 65535
     launch(gelu_backward_kernel, tiles, device, dh, h, g, sums, M, F, TANH=tanh, ROWS=PASS_ROWS, **constants)
     return dh, g, sums
 
