@@ -183,11 +183,9 @@ void run_shared(const Problem& p) {
             pack_b_slice<P>(p, s, col, std::min(p.N, col + STRIP), slice + col * ceil_div(s.depth, PER_UNIT<P>));
         });
     });
-    int64_t panels = ceil_div(p.M, MR);
-    int64_t rows = std::clamp<int64_t>(ceil_div(panels, 4 * thread_count()), 1, A_PANELS) * MR;
-    parallel_for(ceil_div(p.M, rows), [&](int64_t task) {
-        int64_t row = task * rows, end = std::min(p.M, row + rows);
-        float* partial = workspace_of<float>(Slot::PARTIAL, rows * N);
+    parallel_shrinking(ceil_div(p.M, MR), A_PANELS, [&](int64_t first, int64_t last) {
+        int64_t row = first * MR, end = std::min(p.M, last * MR);
+        float* partial = workspace_of<float>(Slot::PARTIAL, (last - first) * MR * N);
         for_slices<P>(
             p.K, [&](const Slice& s) { multiply_rows<P>(p, s, b + s.k / PER_UNIT<P> * N, row, end, 0, p.N, partial); });
     });

@@ -6,11 +6,12 @@
 namespace gptkernels {
 namespace {
 
-// g, and dh in the backward, live only within a call: one workspace for both.
+// g, and dh in the backward, live only within a call: one workspace for both. Pages of memory hold h; at odd lines of a
+// page, the rows of the three that an epilogue reads and writes together do not fall into the same sets of the cache.
 Matrix scratch(int64_t rows, int64_t F, bool bf16, int64_t index, int64_t count) {
-    size_t bytes = (size_t)rows * F * (bf16 ? 2 : 4);
-    bytes = (bytes + 63) / 64 * 64;
-    return {static_cast<char*>(workspace(Slot::OPERATOR, bytes * count)) + bytes * index, F, bf16};
+    constexpr size_t LINE = 64, SHIFT = 21 * LINE;
+    size_t bytes = ((size_t)rows * F * (bf16 ? 2 : 4) + LINE - 1) / LINE * LINE + SHIFT;
+    return {static_cast<char*>(workspace(Slot::OPERATOR, bytes * count)) + SHIFT + bytes * index, F, bf16};
 }
 
 Factor matrix_over_columns(const Matrix& m) { return {m.data, m.ld, m.is_bf16, true}; }
