@@ -1,5 +1,7 @@
 """linear: values and gradients around the edges of the product's tiles, layouts and errors."""
 
+import resource
+import statistics
 from functools import partial
 
 import pytest
@@ -130,6 +132,22 @@ def test_modes(backend):
     inputs = linear_inputs((4, 9), 5, torch.float32)
     check_no_grad(partial(linear, backend=backend), inputs)
     check_no_second_gradient(partial(linear, backend=backend), inputs)
+
+
+def test_results_take_turns_in_memory():
+    """A round of results of several sizes, each freed before the next, asks the system for no memory after a while.
+
+    Four sizes together are more than any round holds at a time. Each page of fresh memory would be a fault.
+    """
+    x = torch.randn(512, 64)
+    weights = [torch.randn(C_out, 64) for C_out in (40, 100, 250, 600)]
+    faults = []
+    for _ in range(30):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for weight in weights:
+            linear(x, weight, backend="cpu")
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert statistics.median(faults[-10:]) < 10, faults
 
 
 def test_reference_is_pytorchs():

@@ -13,6 +13,8 @@ namespace gptkernels {
 namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
+// Idle bytes that are never given back: a round of small operators of many shapes finds its blocks again.
+constexpr size_t KEPT = 32 << 20;
 
 struct Block {
     void* data;
@@ -23,6 +25,7 @@ struct Block {
 struct Pool {
     std::mutex mutex;
     std::list<Block> idle;                     // the longest unused first
+    size_t idle_bytes = 0;
     std::unordered_map<void*, size_t> in_use;  // sizes
     const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
 };
@@ -38,6 +41,7 @@ bool take_idle(Pool& p, size_t bytes, Block& found) {
     for (auto it = p.idle.rbegin(); it != p.idle.rend(); ++it)
         if (it->bytes >= bytes && it->bytes - bytes <= bytes / 4) {
             found = *it;
+            p.idle_bytes -= found.bytes;
             p.idle.erase(std::next(it).base());
             return true;
         }
@@ -47,8 +51,9 @@ bool take_idle(Pool& p, size_t bytes, Block& found) {
 // Give as many idle bytes to the system as are about to be asked of it: work that has changed its shapes does not add
 // the new ones' memory to the old ones'.
 void release_idle(Pool& p, size_t bytes) {
-    for (size_t released = 0; released < bytes && !p.idle.empty(); p.idle.pop_front()) {
+    for (size_t released = 0; released < bytes && p.idle_bytes > KEPT; p.idle.pop_front()) {
         released += p.idle.front().bytes;
+        p.idle_bytes -= p.idle.front().bytes;
         std::free(p.idle.front().data);
     }
 }
@@ -82,6 +87,7 @@ void pool_give(void* data) {
     std::lock_guard<std::mutex> lock(p.mutex);
     auto it = p.in_use.find(data);
     p.idle.push_back({data, it->second});
+    p.idle_bytes += it->second;
     p.in_use.erase(it);
 }
 
