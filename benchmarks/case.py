@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -119,15 +120,17 @@ def run_case(
 
 
 def graph_note(column: Column, judge: Judge, row_figures: RowFigures, share: float, options: Options) -> dict:
-    """A column's figures as CUDA graphs, or why there are none."""
+    """A column's figures as CUDA graphs, or why there are none: ours may lack the memory for one, and nothing else."""
     try:
         replay = Replay(column, clock_of(options.device, options.cache))
         errors = judge(column, replay.results())
         if errors is not None and not (note := gate_figures(errors))["passed"]:
             return note
         return row_figures(column.name, replay_times(replay, options.rounds, share))
-    except RuntimeError as error:  # what no graph can hold: a wait for the GPU, or more memory than is left
-        return {"unavailable": reason(error)}
+    except Exception as error:  # what no graph can hold (a wait for the GPU), more memory than is left, a bug of ours
+        if column.name in our_names(options) and not isinstance(error, torch.OutOfMemoryError):
+            return failure(error)
+        return {"unavailable": f"{type(error).__name__}: {reason(error)}"}
 
 
 def add_memory(
@@ -190,9 +193,13 @@ def excuse(name: str, error: Exception, options: Options) -> dict[str, object]:
         return {"passed": True, "unavailable": reason(error)}
     if options.device == "cpu" or name in ("reference", "eager"):
         raise error
-    if ours:
-        return {"passed": False, "error": f"{type(error).__name__}: {reason(error)}"}
-    return {"passed": True, "unavailable": f"{type(error).__name__}: {reason(error)}"}
+    return failure(error) if ours else {"passed": True, "unavailable": f"{type(error).__name__}: {reason(error)}"}
+
+
+def failure(error: Exception) -> dict[str, object]:
+    """What to say of a column of ours that raised: one line for the tables, all of it for whoever looks for the bug."""
+    text = "".join(traceback.format_exception(error))
+    return {"passed": False, "error": f"{type(error).__name__}: {reason(error)}", "traceback": text}
 
 
 def gate_figures(errors: Sequence[Row]) -> dict[str, object]:

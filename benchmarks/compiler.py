@@ -24,4 +24,8 @@ def unavailable(error: Exception) -> bool:
 def reason(error: Exception) -> str:
     """The line of a long compiler error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Triton's begins with a place, `at 1:0:`, shows the source and ends with what is wrong there.
+    said = lines[:1] + (lines[1:][-1:] if lines[0].startswith("at ") else [])
+    return " ".join(said)[:200]

@@ -123,6 +123,8 @@ def remarks(case: Mapping) -> list[str]:
             lines.append(f"{name}: not measured, {note['unavailable']}")
         elif "error" in note:
             lines.append(f"{name}: FAILED, {note['error']}")
+        elif "error" in note.get("graph", {}):
+            lines.append(f"{name}: FAILED as a CUDA graph, {note['graph']['error']}")
         elif "failed" in note.get("graph", {}).get("gate", {}):
             lines.append(f"{name}: WRONG as a CUDA graph, {note['graph']['gate']['failed'][0]['quantity']}")
         elif not note["passed"]:

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.case import excuse
 from benchmarks.cli import main
+from benchmarks.compiler import reason
 from benchmarks.gpu_table import gpu_markdown
 from benchmarks.machine import MatmulRoof
 from benchmarks.memory import measured_in_subprocess
 from benchmarks.ops import OPS
+from benchmarks.options import Options
 from benchmarks.scaling import SWEEPS
 from benchmarks.targets import TARGETS, markdown
 from benchmarks.train_step import SIZES, TrainBench, train_config
@@ -197,6 +200,24 @@ def test_a_wrong_column_is_not_timed_and_fails_the_run(capsys, monkeypatch):
     assert ours["gate"]["failed"][0]["quantity"] == "output 0"
     assert "ours: WRONG, not timed" in text
     assert "forward" in result["cases"][0]["columns"]["eager"], "the others are still measured"
+
+
+def test_an_error_says_what_is_wrong():
+    assert reason(RuntimeError("\n  out of registers\nsome more\n")) == "out of registers"
+    triton = "at 1:0:\ndef kernel(x):\n^\nValueError('arange needs powers of 2')"
+    assert reason(RuntimeError(triton)) == "at 1:0: ValueError('arange needs powers of 2')"
+    assert reason(RuntimeError("at 1:0:")) == "at 1:0:"
+    assert reason(KeyError()) == "KeyError"
+
+
+def test_an_error_of_ours_on_a_gpu_is_kept_whole():
+    try:
+        raise RuntimeError("at 1:0:\ndef kernel(x):\n^\nno such tile")
+    except RuntimeError as error:
+        ours, other = (excuse(name, error, Options(device="cuda")) for name in ("cuda", "liger"))
+    assert ours["error"] == "RuntimeError: at 1:0: no such tile" and not ours["passed"]
+    assert "Traceback" in ours["traceback"] and "def kernel(x):" in ours["traceback"]
+    assert other == {"passed": True, "unavailable": ours["error"]}
 
 
 def test_a_step_leaves_the_weights_that_were_gated():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import device, machine, train_step
+from benchmarks import device, graph, machine, train_step
 from benchmarks.cli import main
 
 
@@ -134,6 +134,45 @@ def test_ops(gpu, capsys, cache):
         assert_gpu_case(case, {"reference", "eager", "triton"})
         assert case["cache"] == cache and f"fp16, {cache} cache" in text
         assert "triton against, graph" in text and "cuda: not measured" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "error", "passes"),
+    [
+        *(("triton", stage, RuntimeError, False) for stage in ("capture", "replay", "judge", "timing")),
+        ("triton", "timing", KeyError, False),
+        ("triton", "capture", torch.OutOfMemoryError, True),
+        ("eager", "replay", RuntimeError, True),
+    ],
+)
+def test_a_graph_that_raises(gpu, capsys, monkeypatch, name, stage, error, passes):
+    """Ours may be without a graph for want of memory alone, and the others for any reason."""
+
+    class Unreadable:
+        def __getitem__(self, i):
+            raise error("planted")
+
+    def planted(method):
+        def call(self, *args):
+            if name not in (getattr(self, "name", None), *(column.name for column in args[:1])):
+                return method(self, *args)
+            if stage == "judge":
+                return Unreadable()
+            raise error("planted")
+
+        return call
+
+    method = {"capture": "__init__", "replay": "results", "judge": "results", "timing": "run"}[stage]
+    monkeypatch.setattr(graph.Replay, method, planted(getattr(graph.Replay, method)))
+    status, text, result = bench(capsys, "ops", "layer_norm", "--dtype", "fp16")
+    (case,) = result["cases"]
+    note = case["columns"][name]
+    said = f"{error.__name__}: " + ("'planted'" if error is KeyError else "planted")
+    assert status == int(not passes) and result["passed"] is passes and note["passed"] is passes
+    assert note["graph"]["unavailable" if passes else "error"] == said
+    assert f"{name}: {'no CUDA graph' if passes else 'FAILED as a CUDA graph'}, {said}" in text
+    assert passes or "Traceback" in note["graph"]["traceback"]
+    assert case["columns"]["reference"]["graph"]["both"]["ms"] > 0, "the others are still measured"
 
 
 def test_train(gpu, capsys):
