@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.compiler import reason, unavailable
 from benchmarks.device import clock_of, gpu_peak
-from benchmarks.graph import Replay, replay_times
+from benchmarks.graph import Replay
 from benchmarks.harness import Column, Times, figures, progress, speedups, time_figures, timed_rounds
-from benchmarks.machine import roofs_of
+from benchmarks.machine import Roofs, roofs_of
 from benchmarks.memory import measured_in_subprocess
 from benchmarks.op import DTYPES
 from benchmarks.options import Options
@@ -33,7 +33,7 @@ GPU_BACKENDS = ("triton", "cuda")
 # A column and its results, to their errors.
 Judge = Callable[[Column, object], "list[Row] | None"]
 RowCost = Callable[[str, torch.dtype], Cost]
-RowFigures = Callable[[str, Times], dict[str, dict[str, float]]]
+RowFigures = Callable[[str, dict[str, Times]], dict[str, dict[str, float]]]
 
 
 def column_names(options: Options) -> list[str]:
@@ -82,22 +82,23 @@ def run_case(
     share = options.budget / max(len(columns), 1)
     times = timed_rounds(columns, roofs.columns, options.rounds, share, warm)
 
-    def row_figures(name: str, seconds: Times) -> dict[str, dict[str, float]]:
+    def row_figures(name: str, times: dict[str, Times]) -> dict[str, dict[str, float]]:
+        """A column's figures, beside the roofs of the same rounds."""
         dtype = column_dtype(name, options.dtype)
         flops, traffic = roofs.flops(times, dtype), roofs.bytes(times)
-        return {row: figures(seconds[row], cost(row, dtype), flops, traffic) for row in rows}
+        return {row: figures(times[name][row], cost(row, dtype), flops, traffic) for row in rows}
 
     for column in columns:
-        notes[column.name] |= row_figures(column.name, times[column.name])
+        notes[column.name] |= row_figures(column.name, times)
         if "host" in times[column.name]:
             notes[column.name]["host"] = time_figures(times[column.name]["host"])
         if (kept := column.kept_bytes()) is not None:
             notes[column.name]["kept_bytes"] = kept
     if options.device == "cuda":
-        # One column after another, not in rounds: the graphs of training steps keep gigabytes, too much for all at once.
+        # One column after another, each in rounds with the roofs: graphs of training steps keep gigabytes, too much for all.
         for column in columns:
             progress(f"{title}: graph of {column.name}")
-            note = graph_note(column, judge, row_figures, share, options)
+            note = graph_note(column, judge, row_figures, roofs, share, options)
             notes[column.name]["graph"] = note
             notes[column.name]["passed"] &= note.get("passed", True)
     if options.memory:
@@ -119,14 +120,16 @@ def run_case(
     }
 
 
-def graph_note(column: Column, judge: Judge, row_figures: RowFigures, share: float, options: Options) -> dict:
+def graph_note(
+    column: Column, judge: Judge, row_figures: RowFigures, roofs: Roofs, share: float, options: Options
+) -> dict:
     """A column's figures as CUDA graphs, or why there are none: ours may lack the memory for one, and nothing else."""
     try:
         replay = Replay(column, clock_of(options.device, options.cache))
         errors = judge(column, replay.results())
         if errors is not None and not (note := gate_figures(errors))["passed"]:
             return note
-        return row_figures(column.name, replay_times(replay, options.rounds, share))
+        return row_figures(column.name, timed_rounds([replay], roofs.columns, options.rounds, share, {}))
     except Exception as error:  # what no graph can hold (a wait for the GPU), more memory than is left, a bug of ours
         if column.name in our_names(options) and not isinstance(error, torch.OutOfMemoryError):
             return failure(error)

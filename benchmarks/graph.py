@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 
 from benchmarks.device import Clock, CudaClock, timed
-from benchmarks.harness import Column, Times
+from benchmarks.harness import Column
 
 # Before a capture every stage runs on the capture's stream: libraries make their workspaces of a stream at its first use.
 # The capture is relaxed, since autograd runs the backward in a thread of its own, whose first calls would end it; whether
@@ -55,14 +53,3 @@ class Replay:
             replay()
         torch.cuda.synchronize()
         return self.column.gathered(self.held)
-
-
-def replay_times(replay: Replay, rounds: int, share: float) -> Times:
-    """Seconds of every row in as many rounds as fit into the share of seconds, at least one."""
-    seconds = max(replay.run().values())
-    times: Times = {}
-    gc.collect()
-    for _ in range(max(1, min(rounds, int(share / max(seconds, 1e-9))))):
-        for row, value in replay.run().items():
-            times.setdefault(row, []).append(value)
-    return times

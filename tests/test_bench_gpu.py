@@ -175,6 +175,24 @@ def test_a_graph_that_raises(gpu, capsys, monkeypatch, name, stage, error, passe
     assert case["columns"]["reference"]["graph"]["both"]["ms"] > 0, "the others are still measured"
 
 
+def test_graphs_are_timed_in_rounds_with_the_roofs(gpu, capsys, monkeypatch):
+    log = []
+
+    def logged(of, name):
+        method = of.run
+
+        def run(self):
+            log.append(name)
+            return method(self)
+
+        monkeypatch.setattr(of, "run", run)
+
+    logged(machine.CopyRoof, "copy")
+    logged(graph.Replay, "replay")
+    bench(capsys, "ops", "layer_norm", "--dtype", "fp16")
+    assert log[-6:] == ["copy", "replay"] * 2, "a warm-up and a round"
+
+
 def test_train(gpu, capsys):
     status, text, result = bench(
         capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32", "--breakdown"
