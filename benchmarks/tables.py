@@ -157,6 +157,8 @@ def remarks(case: Mapping) -> list[str]:
         ]
         if losses:
             lines.append(f"{ours} {LOSES} to: {', '.join(losses)}")
+    if not any(case["rows"][0] in note for note in case["columns"].values() if "bound" not in note):
+        lines.append("FAILED: no column has been timed")
     compared, shape = case.get("logits_compared", 0), case.get("shape", {})
     if 0 < compared < shape["B"] * shape["T"]:
         lines.append(

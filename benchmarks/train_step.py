@@ -91,14 +91,9 @@ class TrainColumn:
         self.dtype = column_dtype(name, bench.dtype)
         self.value: Tensor | None = None
 
-    def autocast(self) -> torch.autocast:
-        """A 16-bit dtype is autocast over fp32 weights."""
-        wanted = self.dtype is not torch.float32
-        return torch.autocast(self.bench.device, dtype=self.dtype if wanted else torch.bfloat16, enabled=wanted)
-
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
-        with self.autocast():
+        with autocast(self.bench.device, self.dtype):
             return self.loss_of(*batch)
 
     def forward(self) -> None:
@@ -133,7 +128,7 @@ class TrainColumn:
         found = gradients(bench.weights)
         bench.weights.zero_grad(set_to_none=True)
         losses = [first.detach(), *(self.loss(batch).detach() for batch in bench.batches[1:])]
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), autocast(bench.device, self.dtype):
             logits = self.logits_of(bench.batches[0][0][: bench.few])
         return {"losses": torch.stack(losses), "logits": logits, **found}
 
@@ -157,6 +152,12 @@ class TrainColumn:
         """Give back what a run has made."""
         self.value = None
         self.bench.weights.zero_grad(set_to_none=True)
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """A 16-bit dtype is autocast over fp32 weights."""
+    wanted = dtype.itemsize == 2
+    return torch.autocast(device, dtype=dtype if wanted else torch.bfloat16, enabled=wanted)
 
 
 def gradients(weights: nn.Module) -> Outcome:
@@ -205,23 +206,35 @@ class TrainBench:
         return TrainColumn(name, lambda *batch: ours(*batch)[1], lambda idx: ours(idx)[0], self, ours)
 
     def oracle(self) -> Outcome:
-        """The reference in float64, few sequences at a time: a mean over a batch is the mean of those of equal parts."""
-        exact = copy.deepcopy(self.weights).double()
+        """The reference in float64."""
+        return self.in_parts(copy.deepcopy(self.weights).double(), torch.float64)
+
+    def plain(self, dtype: torch.dtype) -> Outcome:
+        """The reference in a dtype."""
+        self.weights.zero_grad(set_to_none=True)
+        outcome = self.in_parts(self.weights, dtype)
+        self.weights.zero_grad(set_to_none=True)
+        return outcome
+
+    def in_parts(self, model: GPT, dtype: torch.dtype) -> Outcome:
+        """What the model gives, few sequences at a time: a mean over a batch is the mean of those of equal parts."""
         B = self.config.train.batch
 
         def parts(batch: Batch) -> Iterator[Tensor]:
             """Losses that add up to the batch's."""
             for idx, targets in zip(*(x.split(self.few) for x in batch), strict=True):
-                yield exact(idx, targets)[1] * (len(idx) / B)
+                with autocast(self.device, dtype):
+                    loss = model(idx, targets)[1]
+                yield loss * (len(idx) / B)
 
         losses = []
         for part in parts(self.batches[0]):
             part.backward()
             losses.append(part.detach())
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.device, dtype):
             rest = [sum(parts(batch)) for batch in self.batches[1:]]
-            logits = exact(self.batches[0][0][: self.few])[0]
-        return {"losses": torch.stack([sum(losses), *rest]), "logits": logits, **gradients(exact)}
+            logits = model(self.batches[0][0][: self.few])[0]
+        return {"losses": torch.stack([sum(losses), *rest]), "logits": logits, **gradients(model)}
 
     def parameter_bytes(self) -> int:
         """Bytes of all weights, which are those of all gradients."""
@@ -248,10 +261,9 @@ class Gate:
         assert isinstance(column, TrainColumn)
         assert isinstance(got, dict)
         if column.dtype not in self.plain:
-            # The reference is the first column; our fp32 column in a bf16 run needs the reference in fp32.
-            reference = column if column.name == "reference" else self.bench.column("reference")
-            reference.dtype = column.dtype
-            self.plain[column.dtype] = got if reference is column else reference.results()
+            # The reference is the first column; in parts for our fp32 column in a bf16 run, and where there was no memory
+            # for the whole batch at once.
+            self.plain[column.dtype] = got if column.name == "reference" else self.bench.plain(column.dtype)
         plain = self.plain[column.dtype]
         return [
             compare(

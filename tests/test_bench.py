@@ -21,6 +21,7 @@ from benchmarks.compiler import reason
 from benchmarks.gpu_table import gpu_markdown
 from benchmarks.machine import MatmulRoof
 from benchmarks.memory import measured_in_subprocess
+from benchmarks.op import OpColumn
 from benchmarks.ops import OPS
 from benchmarks.options import Options
 from benchmarks.scaling import SWEEPS
@@ -218,6 +219,20 @@ def test_an_error_of_ours_on_a_gpu_is_kept_whole():
     assert ours["error"] == "RuntimeError: at 1:0: no such tile" and not ours["passed"]
     assert "Traceback" in ours["traceback"] and "def kernel(x):" in ours["traceback"]
     assert other == {"passed": True, "unavailable": ours["error"]}
+
+
+def test_a_case_with_nothing_timed_fails(capsys, monkeypatch):
+    def results(self):
+        if self.name == "written out":  # once, in float64
+            return method(self)
+        raise torch.OutOfMemoryError("planted")
+
+    method = OpColumn.results
+    monkeypatch.setattr(OpColumn, "results", results)
+    status, text, result = run_bench(capsys, "ops", "mlp", "--quick", "--no-compile", "--rounds", "1")
+    assert status == 1 and not result["passed"]
+    assert "forward" in result["cases"][0]["columns"]["bare gemms"], "a bound is no column that could pass"
+    assert "reference: not measured, planted" in text and "FAILED: no column has been timed" in text
 
 
 def test_a_step_leaves_the_weights_that_were_gated():

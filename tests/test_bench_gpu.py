@@ -193,6 +193,21 @@ def test_graphs_are_timed_in_rounds_with_the_roofs(gpu, capsys, monkeypatch):
     assert log[-6:] == ["copy", "replay"] * 2, "a warm-up and a round"
 
 
+def test_a_reference_without_memory_leaves_the_others_their_gate(gpu, capsys, monkeypatch):
+    def results(self):
+        if self.name == "reference":
+            raise torch.OutOfMemoryError("planted")
+        return method(self)
+
+    method = train_step.TrainColumn.results
+    monkeypatch.setattr(train_step.TrainColumn, "results", results)
+    status, _text, result = bench(capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32")
+    columns = result["cases"][0]["columns"]
+    assert status == 0 and columns["reference"] == {"passed": True, "unavailable": "planted"}
+    for name in ("eager", "triton"):
+        assert columns[name]["gate"]["quantities"] > 2 and columns[name]["step"]["ms"] > 0
+
+
 def test_train(gpu, capsys):
     status, text, result = bench(
         capsys, "train", "--preset", "tiny", "--backend", "triton", "--dtype", "fp32", "--breakdown"
