@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import best_eager
+from benchmarks.device import warm_up
 from benchmarks.harness import Times, timed_rounds
 from benchmarks.kept import Kept
 from model import fast
@@ -122,6 +123,7 @@ class Marked:
     def run(self) -> dict[str, float]:
         """Seconds by phase and operator, of the optimizer and of the whole step."""
         clock = self.column.bench.clock
+        warm_up(clock, self.column.stages())
         laps = Laps(clock.lap)
         with wrapped([self.column.model], laps.around):
             clock.start()

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.compiler import reason, unavailable
-from benchmarks.device import clock_of, gpu_peak
+from benchmarks.device import clock_of
 from benchmarks.graph import Replay
 from benchmarks.harness import Column, Times, figures, progress, speedups, time_figures, timed_rounds
 from benchmarks.machine import Roofs, roofs_of
-from benchmarks.memory import measured_in_subprocess
+from benchmarks.memory import gpu_peak, measured_in_subprocess
 from benchmarks.op import DTYPES
 from benchmarks.options import Options
 from gptkernels.backend import available_backends
@@ -151,7 +151,7 @@ def add_memory(
             continue
         progress(f"{title}: memory of {column.name}")
         if options.device == "cuda":
-            measured = gpu_peak(column.run, gradient_bytes)
+            measured = gpu_peak(column, gradient_bytes)
         else:
             measured = measured_in_subprocess({**work, "column": column.name, **options.work()})
         notes[column.name]["memory"] = measured

@@ -88,11 +88,20 @@ def clock_of(device: str, cache: str = AS_IT_COMES) -> Clock | CudaClock:
     return CudaClock(cache) if device == "cuda" else Clock(cache)
 
 
-def timed(clock: Clock | CudaClock, stages: Stages, total: str) -> dict[str, float]:
-    """Seconds of each stage, done one after another, and of all of them under the name total."""
+def warm_up(clock: Clock | CudaClock, stages: Stages, clear: Callable[[], None] | None = None) -> None:
+    """Do the work once where the caches shall be warm; clear gives back what it has made."""
     if clock.warm:
         for _, stage in stages:
             stage()
+        if clear is not None:
+            clear()
+
+
+def timed(
+    clock: Clock | CudaClock, stages: Stages, total: str, clear: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """Seconds of each stage, done one after another, and of all of them under the name total; clear as in warm_up."""
+    warm_up(clock, stages, clear)
     clock.start()
     for _, stage in stages:
         stage()
@@ -100,18 +109,3 @@ def timed(clock: Clock | CudaClock, stages: Stages, total: str) -> dict[str, flo
     laps = clock.laps()
     host = {} if clock.host is None else {"host": clock.host}
     return {**{name: lap for (name, _), lap in zip(stages, laps, strict=True)}, total: sum(laps), **host}
-
-
-def gpu_peak(run: Callable[[], object], gradient_bytes: int) -> dict[str, float]:
-    """Megabytes that torch's allocator hands out at the peak of a run, above what it held before."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return {
-        "peak_mb": peak / 1e6,
-        "gradients_mb": gradient_bytes / 1e6,
-        "peak_beyond_gradients_mb": max(0, peak - gradient_bytes) / 1e6,
-    }

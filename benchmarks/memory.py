@@ -1,7 +1,7 @@
-"""Peak memory of one column, measured in a process of its own by the kernel's high-water mark.
+"""Peak memory of one column: on a GPU that of torch's allocator, on a CPU measured in a process of its own.
 
-torch.profiler sees only torch's allocator; our native operators also use memory that it does not see. The resident
-set sees all of it. The protocol, the same for every column:
+On a CPU our native operators also use memory that torch's allocator does not see. The resident set sees all of it, and
+the kernel keeps its high-water mark. The protocol, the same for every column:
 
 1. a fresh process builds the work: inputs and output gradients, or model, batch and the optimizer's state;
 2. a warm-up at a tiny shape loads libraries and code, so that they do not count; torch.compile is compiled and warmed
@@ -46,7 +46,22 @@ def peak_figures(column: Column, gradient_bytes: int) -> dict[str, float]:
         column.run()
         if time.perf_counter() - began > ENOUGH_SECONDS:
             break
-    peak = max(0, resident_bytes("VmHWM") - baseline)
+    return beside_gradients(resident_bytes("VmHWM") - baseline, gradient_bytes)
+
+
+def gpu_peak(column: Column, gradient_bytes: int) -> dict[str, float]:
+    """Megabytes that torch's allocator hands out at the peak of a run, above what it held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    column.run()
+    torch.cuda.synchronize()
+    return beside_gradients(torch.cuda.max_memory_allocated() - before, gradient_bytes)
+
+
+def beside_gradients(peak: int, gradient_bytes: int) -> dict[str, float]:
+    """A peak in megabytes, with the gradients and without them."""
+    peak = max(0, peak)
     return {
         "peak_mb": peak / 1e6,
         "gradients_mb": gradient_bytes / 1e6,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.breakdown import OPERATORS, PHASES, ROWS, Laps, Marked, breakdown, kept_bytes, lines, wrapped
+from benchmarks.device import WARM
 from benchmarks.options import Options
 from benchmarks.train_step import TrainBench, train_config
 
@@ -35,6 +36,15 @@ def test_laps_add_up_to_the_step(bench, name):
     seconds = Marked(bench.column(name)).run()
     assert seconds["step"] == pytest.approx(sum(s for row, s in seconds.items() if row != "step"))
     assert all(seconds[f"{phase} {row}"] > 0 for phase in PHASES for row in ROWS), seconds
+
+
+def test_a_marked_step_is_warmed_up_too(threads, monkeypatch):
+    torch.set_num_threads(1)
+    column = TrainBench(train_config("tiny"), "fp32", "auto", cache=WARM).column("eager")
+    steps = []
+    monkeypatch.setattr(column, "optimize", lambda optimize=column.optimize: steps.append(optimize()))
+    seconds = Marked(column).run()
+    assert len(steps) == 2 and seconds["step"] > 0, "one untimed step and one timed"
 
 
 def test_kept_bytes_by_hand(bench):

@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import device, graph, machine, train_step
 from benchmarks.cli import main
+from benchmarks.memory import gpu_peak
+from benchmarks.ops import OPS, bench_case
+from benchmarks.options import Options
 
 
 class Generator(torch.Generator):
@@ -191,6 +194,32 @@ def test_graphs_are_timed_in_rounds_with_the_roofs(gpu, capsys, monkeypatch):
     logged(graph.Replay, "replay")
     bench(capsys, "ops", "layer_norm", "--dtype", "fp16")
     assert log[-6:] == ["copy", "replay"] * 2, "a warm-up and a round"
+
+
+def test_peak_of_an_allocator(monkeypatch):
+    class Column:
+        name = "fake"
+
+        def run(self):
+            held.update(now=2_000_000, peak=max(4_000_000, held["peak"]))
+
+    held = {"now": 1_000_000, "peak": 9_000_000}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    expected = {"peak_mb": 3.0, "gradients_mb": 0.5, "peak_beyond_gradients_mb": 2.5}
+    assert gpu_peak(Column(), 500_000) == expected
+    assert gpu_peak(Column(), 500_000)["peak_mb"] == 2.0, "above what was there before, whatever was reached before"
+
+
+def test_every_column_but_a_bound_has_its_peak(gpu):
+    options = Options(device="cuda", backend="cuda", cache="warm", rounds=1, quick=True)
+    columns = bench_case(OPS["mlp"], OPS["mlp"].small, options, ["eager", "cuda", "bare gemms"])["columns"]
+    gradients = 4 * sum(x.numel() for x in OPS["mlp"].inputs(OPS["mlp"].small, torch.float32, "cpu")) / 1e6
+    expected = {"peak_mb": 3.0, "gradients_mb": gradients, "peak_beyond_gradients_mb": 3.0 - gradients}
+    assert columns["eager"]["memory"] == pytest.approx(expected)
+    assert "memory" not in columns["bare gemms"] and columns["bare gemms"]["both"]["ms"] > 0
 
 
 def test_a_reference_without_memory_leaves_the_others_their_gate(gpu, capsys, monkeypatch):
