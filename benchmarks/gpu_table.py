@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.tables import machine_line
+from benchmarks.tables import figures_of, loses, machine_line, milliseconds, ratio, refuse_quick
 
 COLUMNS = ("reference", "eager", "compile", "triton", "cuda")
-# Ours may be this much slower than the fastest other column and count as its equal: the noise of one measurement.
-NOISE = 0.02
 
 
 def gpu_markdown(files: Sequence[Mapping]) -> str:
     """A row for each case: milliseconds of all columns forward and backward, and ours beside the fastest other one."""
+    refuse_quick(files)
     tables = []
     for bench in files:
         columns = " | ".join(f"{name}, ms" for name in COLUMNS)
@@ -23,26 +22,26 @@ def gpu_markdown(files: Sequence[Mapping]) -> str:
     return "\n\n".join(tables)
 
 
-def graph_ms(case: Mapping, name: str) -> float | None:
-    """Milliseconds of the whole case as a CUDA graph."""
-    return case["columns"].get(name, {}).get("graph", {}).get(case["rows"][-1], {}).get("ms")
-
-
 def cells(case: Mapping) -> list[str]:
     """One row of the table."""
-    times = {name: graph_ms(case, name) for name in COLUMNS}
+    row = case["rows"][-1]
+    times = {name: figures_of(case["columns"].get(name, {}), row, graph=True).get("ms") for name in COLUMNS}
     ours = {name: ms for name in case["ours"] if (ms := times.get(name)) is not None}
-    best = min(ours, key=ours.__getitem__)
+    best = min(ours, key=ours.__getitem__, default="-")
     ratios = [
-        f"{ms / ours[best]:.2f}x {name}{' (loses)' if ms < (1 - NOISE) * ours[best] else ''}"
+        f"{value:.2f}x {name}{' (loses)' if loses(value) else ''}"
         for name in ("eager", "compile")
-        if (ms := times[name]) is not None
+        if (value := ratio(case, best, name, row, graph=True)) is not None
     ]
-    memory = {name: case["columns"].get(name, {}).get("memory", {}).get("peak_beyond_gradients_mb") for name in COLUMNS}
-    peaks = [f"{megabytes:.0f} MB {name}" for name in ("eager", "compile", best) if (megabytes := memory[name])]
+    memory = {name: case["columns"].get(name, {}).get("memory", {}) for name in ("eager", "compile", best)}
+    peaks = [
+        f"{of['peak_beyond_gradients_mb']:.0f} MB {name}"
+        for name, of in memory.items()
+        if "peak_beyond_gradients_mb" in of
+    ]
     return [
         case["case"],
-        *("-" if ms is None else f"{ms:.3g}" for ms in times.values()),
-        f"{best}: {', '.join(ratios)}",
-        ", ".join(peaks),
+        *("-" if ms is None else milliseconds(ms) for ms in times.values()),
+        f"{best}: {', '.join(ratios)}" if ratios else "-",
+        ", ".join(peaks) or "-",
     ]

@@ -7,11 +7,12 @@ the same results give the same file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.tables import our_columns, ratio
+from benchmarks.op import DTYPES
+from benchmarks.tables import NAMES, figures_of, loses, our_columns, ratio
 
 try:
     import matplotlib
@@ -34,8 +35,12 @@ COLOURS = {
     "flash-attn": "#D55E00",
     "bare gemms": "#000000",
 }
-NAMES = {"eager": "best eager", "compile": "torch.compile"}
 MARKERS = {"attention": "o", "layer_norm": "s", "mlp": "^", "linear": "v", "cross_entropy": "D"}
+# An operator, a column, FLOPs a byte and GFLOP/s; what was done, the other column, and its time over ours.
+Point = tuple[str, str, float, float]
+Bar = tuple[str, str, float]
+# A column's note to the number that is drawn of it.
+Value = Callable[[Mapping], "float | None"]
 SETTINGS = {
     "svg.hashsalt": "gptkernels",  # else the ids in a file differ from run to run
     "svg.fonttype": "none",
@@ -72,9 +77,10 @@ def pictures(result: Mapping) -> Iterator[tuple[str, Figure]]:
         for axis in dict.fromkeys(case["axis"] for case in result["cases"]):
             yield axis, against_axis([case for case in result["cases"] if case["axis"] == axis], axis)
         return
-    yield "speedup", speedups(result["cases"])
-    if result["what"] == "ops":
-        yield "roofline", roofline(result["cases"])
+    if bars := speedup_bars(result["cases"]):
+        yield "speedup", speedups(bars, on_a_gpu(result["cases"]))
+    if result["what"] == "ops" and (points := roofline_points(result["cases"])):
+        yield "roofline", roofline(points, *roofs(result["cases"]))
 
 
 def provenance(result: Mapping) -> str:
@@ -93,24 +99,23 @@ def colour(column: str) -> str:
     return COLOURS.get(column, "#F0E442")
 
 
-def best(note: Mapping, row: str) -> Mapping | None:
-    """A row's figures without launches where there are some: what a roofline is about is the device."""
-    return note.get("graph", {}).get(row) or note.get(row)
-
-
-def roofline(cases: Sequence[Mapping]) -> Figure:
-    """Each operator's forward and backward together, beside what the memory and the multipliers allow.
+def roofline_points(cases: Sequence[Mapping]) -> list[Point]:
+    """What a roofline shows of best eager and ours: forward and backward together.
 
     Together, because an operator may do in its forward what is counted as work of the backward: linear_cross_entropy does.
     """
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
-    points = [
+    graph = on_a_gpu(cases)
+    return [
         (case["op"], column, of["gflops"] / of["gbps"], of["gflops"])
         for case in cases
         for column in ("eager", *our_columns(case))
-        if (of := best(case["columns"].get(column, {}), "both"))
+        if (of := figures_of(case["columns"].get(column, {}), "both", graph))
     ]
-    matmul, copy = roofs(cases)
+
+
+def roofline(points: Sequence[Point], matmul: float, copy: float) -> Figure:
+    """Each operator beside what the memory (GB/s) and the multipliers (GFLOP/s) allow."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
     corner = matmul / copy
     low, high = min(corner, *(p[2] for p in points)) / 3, max(corner, *(p[2] for p in points)) * 3
     axes.plot([low, corner, high], [low * copy, matmul, matmul], color="#333333", lw=1.2)
@@ -131,18 +136,19 @@ def roofline(cases: Sequence[Mapping]) -> Figure:
 
 def roofs(cases: Sequence[Mapping]) -> tuple[float, float]:
     """GFLOP/s and GB/s: the middle one of all cases, each of which has measured its own."""
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[cases[0]["dtype"]]
-    matmuls = sorted(case["roof"]["matmul"][dtype]["gflops"] for case in cases)
-    copies = sorted(case["roof"]["copy_gbps"] for case in cases)
-    return matmuls[len(matmuls) // 2], copies[len(copies) // 2]
+    dtype = str(DTYPES[cases[0]["dtype"]]).removeprefix("torch.")
+    matmul = statistics.median_high(case["roof"]["matmul"][dtype]["gflops"] for case in cases)
+    return matmul, statistics.median_high(case["roof"]["copy_gbps"] for case in cases)
 
 
-def speedups(cases: Sequence[Mapping]) -> Figure:
-    """How many times faster ours is than each other column, forward and backward or the whole step.
+def on_a_gpu(cases: Sequence[Mapping]) -> bool:
+    """Whether the cases have CUDA graphs: launched one by one, small operators show the host's time alone."""
+    return cases[0].get("device") == "cuda"
 
-    On a GPU as CUDA graphs: launched one by one, small operators show the host's time alone.
-    """
-    bars, graph = [], cases[0].get("device") == "cuda"
+
+def speedup_bars(cases: Sequence[Mapping]) -> list[Bar]:
+    """How many times faster ours is than each other column, forward and backward or the whole step."""
+    bars, graph = [], on_a_gpu(cases)
     for case in cases:
         row = case["rows"][-1]
         for ours in our_columns(case):
@@ -151,14 +157,21 @@ def speedups(cases: Sequence[Mapping]) -> Figure:
                 if value is not None and "bound" not in note:
                     words = case["case"] + (f", {ours}" if len(our_columns(case)) > 1 else "")
                     bars.append((words, other, value))
+    return bars
+
+
+def speedups(bars: Sequence[Bar], graph: bool) -> Figure:
+    """The bars, grouped by case; those that ours loses to are hatched."""
     groups = list(dict.fromkeys(words for words, _, _ in bars))
     others = list(dict.fromkeys(other for _, other, _ in bars))
-    height = 0.8 / max(len(others), 1)
+    height = 0.8 / len(others)
     figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.17 * len(bars) + 0.2 * len(groups)), layout="constrained")
     for words, other, value in bars:
         y = groups.index(words) + (others.index(other) - (len(others) - 1) / 2) * height
-        axes.barh(y, value, height * 0.9, color=colour(other), hatch="////" if value < 1 else None, edgecolor="white")
-        axes.text(value, y, f" {value:.2f}x" + (" loses" if value < 1 else ""), va="center", fontsize=7)
+        axes.barh(
+            y, value, height * 0.9, color=colour(other), hatch="////" if loses(value) else None, edgecolor="white"
+        )
+        axes.text(value, y, f" {value:.2f}x" + (" loses" if loses(value) else ""), va="center", fontsize=7)
     axes.axvline(1.0, color="#333333", lw=1)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
     axes.set_ylim(len(groups) - 0.4, -0.6)
@@ -174,25 +187,30 @@ def speedups(cases: Sequence[Mapping]) -> Figure:
 
 def against_axis(cases: Sequence[Mapping], axis: str) -> Figure:
     """Time, and peak memory where it was measured, of forward and backward against a size."""
-    memory = any("peak_mb" in note.get("memory", {}) for case in cases for note in case["columns"].values())
-    figure, panels = pyplot.subplots(
-        1, 1 + memory, figsize=(4.6 * (1 + memory), 4.2), layout="constrained", squeeze=False
-    )
-    draw_lines(panels[0][0], cases, lambda note: note.get("both", {}).get("ms"))
-    panels[0][0].set(ylabel="ms, forward and backward", title=f"Time against {axis}")
-    if memory:
-        draw_lines(panels[0][1], cases, lambda note: note.get("memory", {}).get("peak_mb"))
-        panels[0][1].set(ylabel="MB at the peak", title=f"Memory against {axis}")
-    for panel in panels[0]:
-        panel.set(xscale="log", yscale="log", xlabel=axis)
-        at = sorted({case["at"] for case in cases})
-        panel.set_xticks(at, [str(x) for x in at], rotation=45)
-        panel.minorticks_off()
-    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    graph = on_a_gpu(cases)
+    launch = ", as CUDA graphs" if graph else ""
+    panels: list[tuple[str, str, Value]] = [
+        (
+            f"Time against {axis}{launch}",
+            "ms, forward and backward",
+            lambda note: figures_of(note, "both", graph).get("ms"),
+        )
+    ]
+    if any("peak_mb" in note.get("memory", {}) for case in cases for note in case["columns"].values()):
+        panels.append((f"Memory against {axis}", "MB at the peak", lambda note: note.get("memory", {}).get("peak_mb")))
+    figure = pyplot.figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    at = sorted({case["at"] for case in cases})
+    for place, (title, unit, value) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        draw_lines(axes, cases, value)
+        axes.set(title=title, ylabel=unit, xscale="log", yscale="log", xlabel=axis)
+        axes.set_xticks(at, [str(x) for x in at], rotation=45)
+        axes.minorticks_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     return with_foot(figure)
 
 
-def draw_lines(axes: Axes, cases: Sequence[Mapping], value: Any) -> None:
+def draw_lines(axes: Axes, cases: Sequence[Mapping], value: Value) -> None:
     """One line for each operator and column."""
     for op in dict.fromkeys(case["op"] for case in cases):
         of = [case for case in cases if case["op"] == op]

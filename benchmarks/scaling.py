@@ -16,7 +16,7 @@ from benchmarks.case import our_names
 from benchmarks.op import Shape
 from benchmarks.ops import OPS, bench_case
 from benchmarks.options import Options
-from benchmarks.tables import LOSES, milliseconds, our_columns, ratio
+from benchmarks.tables import LOSES, loses, milliseconds, our_columns, ratio
 
 AXES = ("T", "width", "batch", "threads")
 
@@ -107,6 +107,6 @@ def line(case: Mapping) -> str:
         if "peak_mb" in note.get("memory", {}):
             words += f" {note['memory']['peak_mb']:.1f} MB"
         if name in our_columns(case) and (value := ratio(case, name, "eager", "both")) is not None:
-            words += f" ({value:.2f}x{'' if value >= 1 else ' ' + LOSES})"
+            words += f" ({value:.2f}x{' ' + LOSES if loses(value) else ''})"
         parts.append(words)
     return f"{case['axis']}={case['at']:<5} {case['case']}: {', '.join(parts)}"

@@ -8,6 +8,16 @@ from collections.abc import Mapping, Sequence
 from benchmarks.breakdown import lines as breakdown_lines
 
 LOSES = "LOSES"
+# What a reader knows columns as.
+NAMES = {"eager": "best eager", "compile": "torch.compile"}
+# Ours may be this much slower than another column and count as its equal: the noise of one measurement.
+NOISE = 0.02
+
+
+def refuse_quick(benches: Sequence[Mapping]) -> None:
+    """Raise where a table is asked for of figures that are no measurement."""
+    if quick := [bench for bench in benches if bench["quick"]]:
+        raise ValueError(f"the table needs full measurements, got {len(quick)} made with --quick: run them without")
 
 
 def machine_line(machine: Mapping[str, object]) -> str:
@@ -96,13 +106,22 @@ def against_lines(case: Mapping, timed: Sequence[str], row: str, graph: bool = F
     ]
 
 
+def figures_of(note: Mapping, row: str, graph: bool) -> Mapping:
+    """A column's figures of a row, launched or as a CUDA graph; empty where it has none."""
+    return (note.get("graph", {}) if graph else note).get(row, {})
+
+
 def ratio(case: Mapping, ours: str, name: str, row: str, graph: bool = False) -> float | None:
     """A column's time over that of a column of ours; None between columns of ours, and where there is no time."""
     if name in case.get("ours", ["ours"]):
         return None
-    notes = [case["columns"][column] for column in (name, ours)]
-    theirs, mine = ((note.get("graph", {}) if graph else note).get(row) for note in notes)
+    theirs, mine = (figures_of(case["columns"].get(column, {}), row, graph) for column in (name, ours))
     return theirs["ms"] / mine["ms"] if theirs and mine else None
+
+
+def loses(value: float) -> bool:
+    """Whether a ratio is a loss of ours, in every table and picture."""
+    return value < 1 - NOISE
 
 
 def against(case: Mapping, ours: str, name: str, row: str, graph: bool) -> str:
@@ -112,7 +131,7 @@ def against(case: Mapping, ours: str, name: str, row: str, graph: bool) -> str:
         return "-"
     if "bound" in case["columns"][name]:
         return f"{value:.2f}x (bound)"
-    return f"{value:.2f}x" if value >= 1.0 else f"{value:.2f}x {LOSES}"
+    return f"{value:.2f}x {LOSES}" if loses(value) else f"{value:.2f}x"
 
 
 def remarks(case: Mapping) -> list[str]:
@@ -153,7 +172,7 @@ def remarks(case: Mapping) -> list[str]:
             f"{row} of {name} ({value:.2f}x)"
             for name, note in case["columns"].items()
             for row in case["rows"]
-            if "bound" not in note and (value := ratio(case, ours, name, row)) is not None and value < 1.0
+            if "bound" not in note and (value := ratio(case, ours, name, row)) is not None and loses(value)
         ]
         if losses:
             lines.append(f"{ours} {LOSES} to: {', '.join(losses)}")

@@ -26,6 +26,12 @@ def draw(folder: Path, *files: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def written(file: Path, result: dict, **changes) -> Path:
+    """The file, with a result in it."""
+    file.write_text(json.dumps({**result, **changes}))
+    return file
+
+
 def words_of(svg: bytes) -> str:
     """All the text of a picture, whose letters are letters."""
     return " ".join(xml.etree.ElementTree.fromstring(svg).itertext())
@@ -50,16 +56,38 @@ def test_committed_results(drawing, tmp_path):
 
 def test_cost_against_an_axis(drawing, tmp_path):
     result = json.loads((RESULTS / "avx2-ops.json").read_text(encoding="utf-8"))
-    result |= {
-        "what": "scaling",
-        "cases": [{**case, "axis": "T", "at": case["shape"]["T"]} for case in result["cases"][:2]],
-    }
-    file = tmp_path / "sweep.json"
-    file.write_text(json.dumps(result))
-    pictures = draw(tmp_path / "out", file)
+    sweep = [{**case, "axis": "T", "at": case["shape"]["T"]} for case in result["cases"][:2]]
+    pictures = draw(tmp_path / "out", written(tmp_path / "sweep.json", result, what="scaling", cases=sweep))
     assert set(pictures) == {"sweep-T.png", "sweep-T.svg"}
     text = words_of(pictures["sweep-T.svg"])
+    assert "CUDA graphs" not in text
     assert "Time against T" in text and "Memory against T" in text and "attention, ours" in text and "1024" in text
+
+
+def test_cost_on_a_gpu_is_that_of_graphs(drawing):
+    from benchmarks.plot import against_axis
+
+    def column(ms: float) -> dict:
+        return {"both": {"ms": 7 * ms}, "graph": {"both": {"ms": ms}}}
+
+    cases = [{"op": "softmax", "device": "cuda", "rows": ["both"], "ours": ["cuda"], "at": at} for at in (1, 2)]
+    for case in cases:
+        case["columns"] = {"eager": column(3.0 * case["at"]), "cuda": column(2.0 * case["at"])}
+    cases[1]["columns"]["eager"]["graph"] = {"unavailable": "no memory"}
+    (axes,) = against_axis(cases, "N").axes
+    assert axes.get_title() == "Time against N, as CUDA graphs"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[3.0], [2.0, 4.0]]
+
+
+def test_what_counts_as_a_loss_and_what_has_no_figures(drawing, tmp_path):
+    result = json.loads((RESULTS / "avx2-train-gpt-384.json").read_text(encoding="utf-8"))
+    (case,) = result["cases"]
+    for name, ms in (("eager", 98.5), ("compile", 97.0), ("reference", 300.0), ("ours", 100.0)):
+        case["columns"][name]["step"]["ms"] = ms
+    text = words_of(draw(tmp_path / "a", written(tmp_path / "a.json", result))["a-speedup.svg"])
+    assert "0.97x loses" in text and text.count("loses") == 1, "the other is within the noise"
+    case["columns"]["ours"] = {"passed": True, "unavailable": "no memory"}
+    assert draw(tmp_path / "b", written(tmp_path / "b.json", result)) == {}
 
 
 def test_a_file_that_is_no_result(drawing, tmp_path, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.gpu_table import gpu_markdown
+from benchmarks.scaling import line as scaling_line
+from benchmarks.tables import case_text
 from benchmarks.targets import TARGETS, markdown
 
 
@@ -55,18 +57,55 @@ def test_table_says_met_and_not_met():
     assert rows["fast against reference, tiny, fp32"].endswith("| met |")
 
 
-def test_table_of_a_gpu():
-    def column(ms: float, megabytes: float) -> dict:
-        return {"graph": {"both": {"ms": ms}}, "memory": {"peak_beyond_gradients_mb": megabytes}}
+def gpu_rows(*cases: dict, quick: bool = False) -> list[str]:
+    """The lines of a GPU's table that are of these cases."""
+    file = {**result_file([{**case, "dtype": "bf16"} for case in cases], quick), "device": "cuda"}
+    return gpu_markdown([file]).splitlines()[2 : 2 + len(cases)]
 
-    columns = {"reference": {}, "eager": column(3.0, 40.0), "compile": column(1.5, 30.0), "triton": column(2.0, 20.0)}
-    case = {"case": "softmax N=8", "rows": ["forward", "both"], "ours": ["triton", "cuda"], "columns": columns}
-    table = gpu_markdown([{**result_file([{**case, "dtype": "bf16"}]), "device": "cuda"}])
-    row = next(line for line in table.splitlines() if line.startswith("| softmax"))
-    assert row == (
+
+def graph_case(**times: float) -> dict:
+    """A case of which there are CUDA graphs of these milliseconds."""
+    columns = {name: {"graph": {"both": {"ms": ms}}} for name, ms in times.items()}
+    return {"case": "softmax N=8", "rows": ["forward", "both"], "ours": ["triton", "cuda"], "columns": columns}
+
+
+def test_table_of_a_gpu():
+    case = graph_case(eager=3.0, compile=1.5, triton=2.0)
+    for name, megabytes in (("eager", 40.0), ("compile", 0.0), ("triton", 20.0)):
+        case["columns"][name]["memory"] = {"peak_beyond_gradients_mb": megabytes}
+    case["columns"]["reference"] = {}
+    slow = graph_case(eager=1234.4, triton=4321.4)
+    assert gpu_rows(case, slow) == [
         "| softmax N=8 | - | 3 | 1.5 | 2 | - | triton: 1.50x eager, 0.75x compile (loses) "
-        "| 40 MB eager, 30 MB compile, 20 MB triton |"
-    )
+        "| 40 MB eager, 0 MB compile, 20 MB triton |",
+        "| softmax N=8 | - | 1234 | - | 4321 | - | triton: 0.29x eager (loses) | - |",
+    ]
+
+
+def test_table_of_a_gpu_on_which_none_of_ours_has_a_graph():
+    case = graph_case(eager=3.0)
+    case["columns"]["triton"] = {"graph": {"unavailable": "OutOfMemoryError: no memory"}}
+    assert gpu_rows(case) == ["| softmax N=8 | - | 3 | - | - | - | - | - |"]
+
+
+@pytest.mark.parametrize(("theirs", "lost"), [(0.985, False), (0.975, True)])
+def test_a_loss_is_a_loss_in_every_table(theirs, lost):
+    def figures(ms: float) -> dict:
+        return {"ms": ms, "ms_p20": ms, "ms_p80": ms, "gflops": 1.0, "gbps": 1.0, "runs": 1} | dict.fromkeys(
+            ("matmul_roof_percent", "roofline_percent"), 1.0
+        )
+
+    columns = {
+        name: {"passed": True, "both": figures(ms), "graph": {"both": figures(ms)}}
+        for name, ms in (("eager", theirs), ("triton", 1.0))
+    }
+    case = {"case": "softmax", "dtype": "bf16", "rows": ["both"], "ours": ["triton"], "columns": columns}
+    case |= {"rounds": 1, "roof": {"matmul": {}, "copy_gbps": 1.0}, "axis": "N", "at": 8}
+    text = case_text(case)
+    assert text.count(f"{theirs:.2f}x LOSES") == (2 if lost else 0), "launched, and as a graph"
+    assert ("triton LOSES to: both of eager" in text) is lost
+    assert ("LOSES" in scaling_line(case)) is lost
+    assert ("(loses)" in gpu_rows(case)[0]) is lost
 
 
 def test_table_reads_training_runs_and_refuses_quick_figures():
@@ -78,3 +117,5 @@ def test_table_reads_training_runs_and_refuses_quick_figures():
     assert "1.88 validation loss measured nanoGPT's way, 0.5x the reference's time for the same steps | met |" in table
     with pytest.raises(ValueError, match="--quick"):
         markdown([result_file([], quick=True)])
+    with pytest.raises(ValueError, match="--quick"):
+        gpu_rows(graph_case(eager=3.0, triton=2.0), quick=True)
