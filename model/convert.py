@@ -8,8 +8,9 @@ from model.checkpoint import holds_run, load_model
 from model.fast import FastGPT
 from model.hf import PREFIX, folder_of, write_folder
 from model.reference import GPT
+from model.safetensors_file import write_safetensors
 from model.tokenizer import BpeTokenizer, Tokenizer, read_bpe
-from model.weights_file import EVERY, load_weights, write_safetensors
+from model.weights_file import EVERY, load_weights
 
 
 def convert(source: str, target: str, overrides: list[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.english import english
+from model.english import ENGLISH, english
 from model.fetch import Unreachable, sha256
 from model.shakespeare import nine_plays, tiny_shakespeare
 from model.shards import TOKENIZER, Shards, holds_shards, read_manifest
@@ -68,7 +68,7 @@ def load_text(name: str) -> Text:
             text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
             print(f"gptkernels: Shakespeare cannot be fetched ({error}): using the {source} instead", file=sys.stderr)
     elif name == "english":
-        text, source = "\n".join(english()), "English: the GCIDE dictionary and Shakespeare's plays"
+        text, source = "\n".join(english()), ENGLISH
     elif name == "python":
         text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
     else:
@@ -91,15 +91,19 @@ def read_files(path: Path) -> tuple[str, str]:
             "are made with  gptkernels data SOURCE --tokenizer bpe)"
         )
     texts, skipped = [], 0
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        if any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
+    for file in files_of(path):
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             skipped += 1
     note = f", {skipped} that are not UTF-8 left out" if skipped else ""
     return "\n".join(texts), f"{path} ({len(texts)} files{note})"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files in a folder and the folders in it, in the order of their names; none that is hidden, or in a hidden one."""
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def python_text() -> str:

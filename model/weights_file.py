@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from model.config import Config, build, parse_override
-from model.files import write_atomically
 from model.reference import GPT
+from model.safetensors_file import read_safetensors
 
-# The types of a safetensors header that weights come in.
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# GPT-2's names of the activations that we have, and what it computes beside its shape.
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+FUNCTION = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 # What compiling and wrapping put before a name.
 PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")
 # Causal masks that old GPT-2 files hold beside the weights.
@@ -35,8 +41,6 @@ EVERY = 1 << 30
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, other settings) of a file or a folder of GPT-2's; it can hold no code."""
     if path.is_dir():
-        from model.hf import read_folder  # it reads its tensors with this module
-
         return read_folder(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path), {}
@@ -68,50 +72,38 @@ def settings_of(content: dict[str, Any]) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in found.items() if value is not None}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: eight bytes of length, a JSON header of so many bytes, then the numbers."""
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by their names there, the settings that their shapes do not tell) of a folder with GPT-2's files."""
+    index = folder / INDEX
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
+        tensors |= read_safetensors(folder / name)
+    return tensors, gpt2_settings(read_json(folder / "config.json"), folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file of a saved GPT-2, but there is none: name the folder that has it")
     try:
-        # Mapped and private: a large file is not held twice, and never written to.
-        data = np.memmap(path, dtype=np.uint8, mode="c")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] not in SAFETENSORS_DTYPES:
-                continue  # a mask, which is no weight
-            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-            if end - begin != math.prod(shape) * dtype.itemsize or start + end > len(data):
-                raise ValueError(f"{name} has {end - begin} bytes of {len(data) - start} for shape {shape}")
-            empty = torch.empty(shape, dtype=dtype)
-            tensors[name] = (
-                torch.frombuffer(data, dtype=dtype, count=empty.numel(), offset=start + begin).view(shape).clone()
-                if empty.numel()
-                else empty
-            )
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
+        return dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as a .safetensors file, atomically and one at a time; those of one storage are written each."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    end = 0
-    for name, x in tensors.items():
-        begin, end = end, end + x.numel() * x.element_size()
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # the numbers are aligned
-
-    def write(file: IO[bytes]) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
-            file.write(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-    write_atomically(path, write)
+def gpt2_settings(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Our settings of a config.json; ValueError for a model that is another function than ours."""
+    wanted = FUNCTION | {"n_inner": (None, 4 * content.get("n_embd", 0)), "activation_function": tuple(ACTIVATIONS)}
+    for name, right in wanted.items():
+        # What a config.json leaves out has GPT-2's value; only model_type must be there.
+        found = content.get(name, "" if name == "model_type" else right)
+        if found != right and not (isinstance(right, tuple) and found in right):
+            raise ValueError(f"{folder} must hold a GPT-2 with {name} {right}, got {found!r}: it is another function")
+    activation = content.get("activation_function", "gelu_new")
+    return {"model.n_head": content.get("n_head", 12), "model.act": ACTIVATIONS[activation]}
 
 
 def named_as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ from model.checkpoint import BEST, LAST, load, load_model
 from model.config import LoraConfig, ModelConfig, resolve
 from model.data import load_dataset
 from model.fast import FastGPT
-from model.hf import WEIGHTS, as_gpt2, load_hf, write_folder
+from model.hf import as_gpt2, load_hf, write_folder
 from model.lora import add_lora, merge_lora
 from model.optimize import make_optimizer
 from model.prepare import prepare
 from model.reference import GPT
+from model.safetensors_file import read_safetensors, write_safetensors
 from model.shards import TOKENIZER
-from model.weights_file import EVERY, load_weights, read_safetensors, write_safetensors
+from model.weights_file import EVERY, WEIGHTS, load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
