@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from model.config import Config, build, flatten
 from model.data import Dataset
 from model.fast import FastGPT, Model
 from model.files import write_atomically
-from model.hf import PREFIX, load_hf
+from model.hf import PREFIX, folder_of, load_hf
 from model.lora import add_lora, merge_lora
 from model.optimize import Learner
 from model.reference import GPT
 from model.tokenizer import Tokenizer, restored
+from model.weights_file import load_weights
 
 FORMAT = 2
 LAST, BEST = "last.pt", "best.pt"
@@ -56,8 +59,14 @@ def pack(config: Config, dataset: Dataset, learner: Learner, progress: dict[str,
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a folder has a checkpoint."""
-    return (path / LAST).is_file() or (path / BEST).is_file()
+    """Whether a folder has a checkpoint, or a file is one of ours: no tensor of it is read."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return (path / LAST).is_file() or (path / BEST).is_file()
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        return False  # who reads it says what is wrong with it
+    return isinstance(payload, dict) and "format" in payload
 
 
 def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
@@ -95,3 +104,18 @@ def load_model(run: str | Path, which: str | None = None) -> tuple[Model, Tokeni
     model.load_state_dict(payload["model"])
     merge_lora(model)
     return model.eval(), restored(payload["tokenizer"]), config
+
+
+def load_source(name: str, overrides: Sequence[str], tokens: int) -> tuple[GPT, Tokenizer | None, Config]:
+    """The reference model of a run, a file of weights or hf:FOLDER, and its configuration; a run alone has a tokenizer.
+
+    tokens is the most positions to take of weights that are no run's.
+    """
+    path = folder_of(name)
+    if name.startswith(PREFIX) or not holds_run(path):
+        model, config = load_weights(path, overrides, tokens)
+        return model, None, config
+    if overrides:
+        raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
+    trained, tokenizer, config = load_model(path)
+    return trained.to_reference() if isinstance(trained, FastGPT) else trained, tokenizer, config

@@ -46,7 +46,7 @@ examples:
 
 CONVERT_HELP = """\
 TARGET: hf:FOLDER for transformers' GPT2LMHeadModel.from_pretrained, or FILE.safetensors, a state_dict in nn.Linear's layout
-sample and check take hf:FOLDER as well; train begins from it with init=hf:FOLDER. A file does not tell n_head: add n_head=12.
+sample and check take hf:FOLDER as well; train begins from it with init=hf:FOLDER. Files of others may not tell n_head: add n_head=12.
 """
 
 

@@ -166,9 +166,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # What the command line said, by dotted name: no setting, but a checkpoint to begin with must not contradict it.
+    said: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         t = self.train
+        require(self.lora.rank == 0 or bool(t.init), f"lora.rank={self.lora.rank} needs weights to keep: give init=")
         require(
             t.parallel == "ddp" or not (t.compile or t.dtype == "fp16"),
             "parallel=fsdp is for compile=off and dtype=bf16 or fp32: change one of them, or take parallel=ddp",
@@ -331,12 +334,13 @@ def resolve(preset: str = "", overrides: list[str] | tuple[str, ...] = ()) -> tu
     for name, value in map(parse_override, overrides):
         override(settings, name, value)
         origins[name] = "command line"
-    return build(settings), origins
+    said = frozenset(name for name, origin in origins.items() if origin == "command line")
+    return dataclasses.replace(build(settings), said=said), origins
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every setting by its dotted name."""
-    return {f"{s}.{k}": v for s, table in dataclasses.asdict(config).items() for k, v in table.items()}
+    return {f"{s}.{k}": v for s in SECTIONS for k, v in dataclasses.asdict(getattr(config, s)).items()}
 
 
 def format_value(value: Any) -> str:
@@ -351,7 +355,8 @@ def format_value(value: Any) -> str:
 def to_toml(config: Config) -> str:
     """The whole configuration as a TOML text that read_preset takes back."""
     tables = []
-    for section, table in dataclasses.asdict(config).items():
+    for section in SECTIONS:
+        table = dataclasses.asdict(getattr(config, section))
         lines = [f"[{section}]"] + [f"{k} = {format_value(v)}" for k, v in table.items()]
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"

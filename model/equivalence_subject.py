@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.checkpoint import holds_run, load_model
+from model.checkpoint import holds_run, load_source
 from model.config import Config, resolve
 from model.data import Tokens, load_dataset, random_batch
 from model.equivalence_sites import Choice, as_it_is
 from model.fast import FastGPT
 from model.hf import PREFIX, folder_of
 from model.reference import GPT
-from model.weights_file import load_weights
+from model.weights_file import TOKENS
 
 # A preset does not know the vocabulary of its text; tiny Shakespeare's is this.
 CHARACTERS = 65
@@ -66,15 +66,11 @@ class Models:
 def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     """A run's trained model on its text; a state_dict's, or a preset's fresh one, on random tokens."""
     path = folder_of(name)
-    if holds_run(path):
-        if overrides:
-            raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
-        model, tokenizer, config = load_model(name)
-        weights = model.to_reference() if isinstance(model, FastGPT) else model
-        dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
-        return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
-    if (path.is_file() and path.suffix != ".toml") or name.startswith(PREFIX):
-        weights, config = load_weights(path, overrides)
+    if name.startswith(PREFIX) or holds_run(path) or (path.is_file() and path.suffix != ".toml"):
+        weights, tokenizer, config = load_source(name, overrides, TOKENS)
+        if tokenizer is not None:
+            dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
+            return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
         m = config.model
         what = (
             f"weights of the file ({m.n_layer} layers, {m.n_head} heads, width {m.n_embd}), random tokens, seed {seed}"

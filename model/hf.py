@@ -20,7 +20,7 @@ from model.files import write_text
 from model.reference import GPT, sinusoidal_positions
 from model.safetensors_file import write_safetensors
 from model.tokenizer import END_OF_TEXT, MERGES_FILES, BpeTokenizer, Tokenizer, read_bpe
-from model.weights_file import ACTIVATIONS, EVERY, FUNCTION, TURNED, WEIGHTS, load_weights
+from model.weights_file import ACTIVATIONS, EVERY, FUNCTION, INDEX, TURNED, WEIGHTS, load_weights
 
 PREFIX = "hf:"
 # The most rows that a table is padded by: a larger difference is another vocabulary.
@@ -42,46 +42,45 @@ def load_hf(place: str) -> tuple[FastGPT, BpeTokenizer, Config]:
     return FastGPT.from_reference(model).eval(), tokenizer, config
 
 
-def initial(config: ModelConfig, place: str, tokenizer: Tokenizer) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(configuration, weights) to begin a training with: the shape of the checkpoint at hf:FOLDER or in a file.
-
-    Of the given configuration remain the context, for which the checkpoint must have the positions, and the dropout.
-    """
-    own = [f"n_head={config.n_head}"] if folder_of(place).is_file() else []  # a file does not tell
-    model, found = load_weights(folder_of(place), [f"context={config.context}", *own], EVERY)
-    shape = fitted(replace(found.model, dropout=config.dropout), tokenizer, place)
-    return shape, model.state_dict()
-
-
 def fitted(config: ModelConfig, tokenizer: Tokenizer, place: str) -> ModelConfig:
     """The configuration of a checkpoint for the data's tokenizer; ValueError where it has another vocabulary."""
     rows, words = config.vocab_size, len(tokenizer)
-    if not rows - MOST_PADDING < words <= rows:
+    if words != config.words and (config.words or not rows - MOST_PADDING < words <= rows):
         raise ValueError(
-            f"data must have the {rows} tokens of {place}, got {tokenizer.description}: make token shards of it with "
+            f"data must have the {config.outputs} tokens of {place}, got {tokenizer.description}: make token shards of it with "
             "gptkernels data SOURCE --tokenizer, naming that model's tokenizer.json or gpt2:vocab.bpe"
         )
     return replace(config, words=words)
 
 
+def own_tokenizer(folder: Path) -> BpeTokenizer | None:
+    """The BPE in a folder, None where there is none."""
+    names = ("tokenizer.json", *MERGES_FILES)
+    return read_bpe(folder) if any((folder / name).is_file() for name in names) else None
+
+
 def read_tokenizer(folder: Path) -> BpeTokenizer:
     """The BPE in a folder; ValueError where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", *MERGES_FILES)):
+    if (tokenizer := own_tokenizer(folder)) is None:
         raise ValueError(f"{folder} must hold a tokenizer.json or {' or '.join(MERGES_FILES)}: copy the model's there")
-    return read_bpe(folder)
+    return tokenizer
+
+
+def plain_tensors(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors, the padding of its table left out, and a tied one written once."""
+    tensors = model.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][: model.config.outputs]
+    if model.config.tie:
+        del tensors["lm_head.weight"]
+    return tensors
 
 
 def as_gpt2(model: GPT) -> dict[str, Tensor]:
-    """The model's tensors in GPT-2's names and layout, its zeros written out, the padding of its table left out."""
-    config, own = model.config, model.state_dict()
-    tensors = {}
-    for name, value in own.items():
-        if name in ("transformer.wte.weight", "lm_head.weight"):
-            value = value[: config.outputs]
-        tensors[name] = value.T if name.endswith(TURNED) else value
-    if config.tie:
-        del tensors["lm_head.weight"]
-    width, like = config.n_embd, own["transformer.wte.weight"]
+    """The model's plain tensors in GPT-2's names and layout, its zeros written out."""
+    config = model.config
+    tensors = {name: x.T if name.endswith(TURNED) else x for name, x in plain_tensors(model).items()}
+    width, like = config.n_embd, tensors["transformer.wte.weight"]
     if config.pos != "learned":
         table = sinusoidal_positions(config.context, width) if config.pos == "sinusoidal" else None
         tensors["transformer.wpe.weight"] = like.new_zeros(config.context, width) if table is None else table.to(like)
@@ -117,7 +116,7 @@ def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict[str, Any]:
 @torch.no_grad()
 def write_folder(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
     """Write a model for transformers' GPT2LMHeadModel.from_pretrained, and its BPE for AutoTokenizer's."""
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a model already: give another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(config_json(model, tokenizer), indent=2) + "\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -17,14 +19,14 @@ from model.files import write_atomically
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: eight bytes of length, a JSON header of so many bytes, then the numbers."""
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a .safetensors file, the metadata as it was written."""
     try:
         # Mapped and private: a large file is not held twice, and never written to.
         data = np.memmap(path, dtype=np.uint8, mode="c")
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", {}))
         tensors = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -39,14 +41,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 if empty.numel()
                 else empty
             )
-        return tensors
+        return tensors, metadata
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write tensors as a .safetensors file, atomically and one at a time; those of one storage are written each."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     end = 0
     for name, x in tensors.items():

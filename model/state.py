@@ -18,7 +18,7 @@ from model.config import Config
 from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
 from model.guard import Spikes
-from model.hf import initial
+from model.initial import initial
 from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, parts_of, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
@@ -100,7 +100,7 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     tokenizer, expected = (restored(earlier["tokenizer"]), earlier["data_sha256"]) if earlier else (None, None)
     dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
     begins = t.init and not earlier
-    shape, weights = initial(config.model, t.init, dataset.tokenizer) if begins else (config.model, None)
+    shape, weights = initial(config, dataset.tokenizer) if begins else (config.model, None)
     # Resolved once: a run that goes on elsewhere computes as it began.
     resolved = dataclasses.replace(t, dtype=choose_dtype(t.dtype, device))
     config = dataclasses.replace(config, model=with_vocabulary(shape, dataset.tokenizer), train=resolved)

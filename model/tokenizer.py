@@ -24,7 +24,9 @@ from model.fetch import is_url, read_place
 END_OF_TEXT = "<|endoftext|>"
 # vocab.bpe of GPT-2's release and merges.txt of its copies: the same file.
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-MERGES_FILES = ("vocab.bpe", "merges.txt")
+# A file of merges, and the one of tokens and their numbers that may lie beside it.
+VOCABULARIES = {"vocab.bpe": "encoder.json", "merges.txt": "vocab.json"}
+MERGES_FILES = tuple(VOCABULARIES)
 BYTES = 256
 
 
@@ -52,6 +54,11 @@ class CharTokenizer:
     def description(self) -> str:
         """The vocabulary in words."""
         return f"{len(self)} characters"
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each token."""
+        return [c.encode("utf-8") for c in self.characters]
 
     @property
     def start(self) -> str:
@@ -249,4 +256,19 @@ def read_bpe(path: Path) -> BpeTokenizer:
         path /= "tokenizer.json"
     if path.suffix == ".json" and path.is_file():
         return BpeTokenizer(path.read_text(encoding="utf-8"))
-    return bpe_of_merges(merges_file(path).read_text(encoding="utf-8"))
+    path = merges_file(path)
+    bpe = bpe_of_merges(path.read_text(encoding="utf-8"))
+    vocabulary = path.with_name(VOCABULARIES.get(path.name, path.name))
+    if vocabulary != path and vocabulary.is_file() and read_numbers(vocabulary) != bpe.bpe.get_vocab():
+        raise ValueError(
+            f"{vocabulary} must number the tokens as GPT-2 does, but other numbers are there: save tokenizer.json"
+        )
+    return bpe
+
+
+def read_numbers(path: Path) -> Any:
+    """The content of a vocab.json."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error

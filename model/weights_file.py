@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.config import Config, build, parse_override
+from model.config import Config, ModelConfig, build, parse_override, parse_value
 from model.reference import GPT
 from model.safetensors_file import read_safetensors
 
@@ -32,6 +33,8 @@ PREFIX = re.compile(r"^(_orig_mod\.|module\.)+")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
 # GPT-2's own files hold these (in, out), nn.Linear is (out, in).
 TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# What decides the function and no shape tells: our files say it.
+TOLD = ("model.n_head", "model.act", "model.pos", "model.context")
 # Tokens and sequences to check on unless told otherwise: attention written out in float64 needs B H T T numbers a layer.
 TOKENS, SEQUENCES = 128, 2
 # As many positions as there are.
@@ -43,7 +46,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.is_dir():
         return read_folder(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path), {}
+        tensors, metadata = read_safetensors(path)
+        return tensors, {name: parse_value(name, metadata[name]) for name in TOLD if name in metadata}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -61,15 +65,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def settings_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint, ours or nanoGPT's, says beside its weights: n_head and act. nanoGPT's GELU is the exact one."""
+    """What a checkpoint, ours or nanoGPT's, says beside its weights. nanoGPT's GELU is the exact one."""
     ours, nanogpt = content.get("config"), content.get("model_args")
     if isinstance(ours, dict):
-        found = {name: ours.get(f"model.{name}") for name in ("n_head", "act")}
+        found = {name: ours.get(name) for name in (*TOLD, "model.words")}
     elif isinstance(nanogpt, dict):
-        found = {"n_head": nanogpt.get("n_head"), "act": "gelu"}
+        found = {"model.n_head": nanogpt.get("n_head"), "model.act": "gelu"}
     else:
         found = {}
-    return {f"model.{name}": value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def told(config: ModelConfig) -> dict[str, str]:
+    """What a .safetensors file says of its function, as metadata."""
+    return {name: str(getattr(config, name.removeprefix("model."))) for name in TOLD}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,7 +89,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
-        tensors |= read_safetensors(folder / name)
+        tensors |= read_safetensors(folder / name)[0]
     return tensors, gpt2_settings(read_json(folder / "config.json"), folder)
 
 
@@ -112,6 +121,8 @@ def named_as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {name: value.float() for name, value in found.items() if not MASK.search(name)}
     if "wte.weight" in found:
         found = {name if name.startswith("lm_head.") else f"transformer.{name}": v for name, v in found.items()}
+    if any(".parametrizations." in name for name in found):
+        raise ValueError("weights must not be parted by LoRA: merge them with  gptkernels convert RUN FILE.safetensors")
     c_attn = found.get("transformer.h.0.attn.c_attn.weight")
     if c_attn is None or c_attn.dim() != 2 or "transformer.wte.weight" not in found:
         raise ValueError(
@@ -124,7 +135,7 @@ def named_as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: Sequence[str], tokens: int) -> Config:
-    """The configuration that the shapes tell; what they do not (n_head, act) comes from the file or the command line."""
+    """The configuration that the shapes tell; what they do not comes from the settings and, over them, the overrides."""
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     positions = weights.get("transformer.wpe.weight")
     head = weights.get("lm_head.weight")
@@ -133,12 +144,14 @@ def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: S
         "model.n_embd": n_embd,
         "model.n_layer": 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("transformer.h.")),
         "model.bias": "transformer.ln_f.bias" in weights,
-        "model.context": TOKENS if positions is None else min(tokens, positions.shape[0]),
+        # Without a table there is no last position, only the longest text that the model has seen.
+        "model.context": min(tokens, settings.get("model.context", TOKENS) if positions is None else len(positions)),
         "model.pos": "none" if positions is None else "learned",
         "model.tie": head is None or torch.equal(head, weights["transformer.wte.weight"]),
         "train.batch": SEQUENCES,
     }
-    chosen |= settings | dict(map(parse_override, overrides))
+    chosen |= {name: value for name, value in settings.items() if name != "model.context"}
+    chosen |= dict(map(parse_override, overrides))
     if "model.n_head" not in chosen:
         raise ValueError(
             f"shapes do not tell how many heads there are: add n_head= (heads 64 wide: {n_embd // 64 or 1})"
@@ -146,14 +159,16 @@ def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: S
     return build(chosen)
 
 
-def load_weights(path: Path, overrides: Sequence[str], tokens: int = TOKENS) -> tuple[GPT, Config]:
+def load_weights(
+    path: Path, overrides: Sequence[str], tokens: int = TOKENS, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[GPT, Config]:
     """The reference model of a state_dict file or a GPT-2 folder, with as many positions as the configuration's context.
 
-    tokens is the most positions to take where the overrides give no context.
+    tokens is the most positions to take where the overrides give no context; defaults hold for what the file does not say.
     """
     tensors, settings = read_tensors(path)
     weights = named_as_ours(tensors)
-    config = config_of(weights, settings, overrides, tokens)
+    config = config_of(weights, {**defaults, **settings}, overrides, tokens)
     if (positions := weights.get("transformer.wpe.weight")) is not None:
         if config.model.context > len(positions):
             raise ValueError(

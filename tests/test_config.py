@@ -80,6 +80,7 @@ def test_wrong_overrides(text, message):
         ("data=", "data must name a text"),
         ("name=a/b", "name must be a plain folder name"),
         ("n_head=3", "n_embd must be a multiple of n_head"),
+        ("lora.rank=4", "lora.rank=4 needs weights to keep: give init="),
     ],
 )
 def test_wrong_values(override, message):
