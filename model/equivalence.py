@@ -38,11 +38,14 @@ from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
 from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
 from model.files import write_text
-from model.report import describe_backends, processor_name
+from model.progress import Whereabouts
+from model.report import count_parameters, describe_backends, processor_name
 from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT = "shakespeare-cpu"
+# From so many parameters on a level takes minutes, and each is announced.
+SLOW_PARAMETERS = 10_000_000
 
 
 def make_parser() -> Parser:
@@ -128,7 +131,11 @@ def compare_and_show(args: argparse.Namespace) -> Comparison:
     print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
     if args.report:  # what cannot be written is said before the work
         args.report.parent.mkdir(parents=True, exist_ok=True)
-    result = compare_all(what, steps=args.steps, runs=args.band, backend=args.backend, dtype=dtype, seed=args.seed)
+    slow = count_parameters(what.weights) >= SLOW_PARAMETERS
+    say = Whereabouts(0.0) if slow else Whereabouts()
+    result = compare_all(
+        what, steps=args.steps, runs=args.band, backend=args.backend, dtype=dtype, seed=args.seed, say=say
+    )
     print(table(result.rows, show_all=args.all))
     if result.band:
         print(f"\n{result.band.sentence()}")

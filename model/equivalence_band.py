@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,12 +139,23 @@ class Band:
 
 
 def measure_band(
-    models: Models, batches: Sequence[Batch], dtype: torch.dtype, config: Config, seed: int, runs: int = RUNS
+    models: Models,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    config: Config,
+    seed: int,
+    runs: int = RUNS,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Band:
-    """Train ours, plain PyTorch, float64 and the nudged references apart, on the same batches."""
-    ours, again = (training_losses(models.ours, batches, dtype, config, seed, models.choose) for _ in range(2))
-    plain, exact = (training_losses(model, batches, dtype, config, seed) for model in (models.plain, models.oracle))
+    """Train ours, plain PyTorch, float64 and the nudged references apart, on the same batches; say is told of each."""
+
+    def losses(name: str, model: Model, choose: Choice = as_it_is) -> Tensor:
+        say(f"training of {len(batches)} steps: {name}")
+        return training_losses(model, batches, dtype, config, seed, choose)
+
+    ours, again = (losses("ours", models.ours, models.choose) for _ in range(2))
+    plain, exact = losses("plain PyTorch", models.plain), losses("float64", models.oracle)
     others = [
-        training_losses(nudged(models.plain, dtype, seed + run), batches, dtype, config, seed) for run in range(runs)
+        losses(f"nudged weights, {run + 1} of {runs}", nudged(models.plain, dtype, seed + run)) for run in range(runs)
     ]
     return Band(exact, ours, again, plain, torch.stack(others), dtype)

@@ -47,6 +47,21 @@ class Progress:
         self.stream.flush()
 
 
+class Whereabouts:
+    """What a command without steps is at, on stderr: a line at most every ten seconds, so that a quick one says nothing."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self.began = self.said = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        """Say what begins now."""
+        now = time.perf_counter()
+        if now - self.said >= self.seconds:
+            self.said = now
+            print(f"{now - self.began:.0f} s: {text}", file=sys.stderr, flush=True)
+
+
 def bar_line(figures: Mapping[str, str], share: float, width: int, unicode: bool) -> str:
     """A bar and as many of the figures as fit into the width, the least telling ones left out first."""
     kept = dict(figures)

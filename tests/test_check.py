@@ -10,7 +10,10 @@ from model import cli, equivalence_subject, fast
 from model.config import resolve
 from model.equivalence_report import table
 from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_place, pooled
+from model.equivalence_run import compare_all
 from model.equivalence_sites import forward_sites
+from model.equivalence_subject import subject
+from model.progress import Whereabouts
 from model.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,3 +215,16 @@ def test_elements_may_have_limits_of_their_own():
     assert row.share == pytest.approx(2.0) and not row.passed and row.error == 0.5
     assert compare("x", exact, exact, exact, dtype=torch.float32, allowed=limits).passed
     assert not compare("x", exact * math.nan, exact, exact, dtype=torch.float32, allowed=limits).passed
+
+
+def test_a_long_check_says_where_it_is(capsys):
+    """On stderr, apart from the table and the JSON; a quick one says nothing."""
+    what = subject("tiny", [], seed=0)
+    settings = {"steps": 2, "backend": "auto", "dtype": torch.float32, "seed": 0, "runs": 2, "tokens": 2}
+    compare_all(what, **settings, say=Whereabouts(0.0))
+    lines = [line.partition(" s: ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines[:4] == ["operators", "blocks", "logits, loss and gradients", "one optimizer step"]
+    runs = ["ours", "ours", "plain PyTorch", "float64", "nudged weights, 1 of 2", "nudged weights, 2 of 2"]
+    assert lines[4:] == [*(f"training of 2 steps: {run}" for run in runs), "greedy text"]
+    compare_all(what, **settings, say=Whereabouts(3600.0))
+    assert capsys.readouterr().err == ""
