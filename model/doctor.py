@@ -102,12 +102,14 @@ def libraries() -> list[str]:
     loaded, explanation = cpu_library()
     rows = {}
     for isa in ISAS:
-        result = report.get(f"gptkernels._cpu_{isa}", "not built")
+        result = report.get(f"gptkernels._cpu_{isa}")
         file = BUILD_REPORT.with_name(f"_cpu_{isa}.so")
-        if result == "built" and not file.is_file():
+        if file.is_file() and result != "built":
+            result = f"of an earlier build (in the last one: {result or 'left out'})"
+        elif result == "built" and not file.is_file():
             result = f"built, but {file.name} is no longer there"
         use = "loaded" if isa == loaded else "this CPU runs it" if isa in supported_isas() else "not for this CPU"
-        rows[isa] = f"{shorten(result)}; {use}"
+        rows[isa] = f"{shorten(result or 'not built')}; {use}"
     rows["in use"] = explanation
     if forced := os.environ.get("GPTKERNELS_CPU_ISA"):
         rows["forced"] = f"GPTKERNELS_CPU_ISA={forced}"

@@ -66,6 +66,19 @@ def test_a_failed_build_shows_its_message(report, monkeypatch, tmp_path):
     assert "not built" in row(report(), "avx2")
 
 
+def test_a_library_that_the_last_build_left_out_is_no_missing_one(report, monkeypatch, tmp_path):
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(doctor, "BUILD_REPORT", path)
+    path.write_text(json.dumps({"gptkernels._cpu_baseline": "built", "gptkernels._simt": "built"}))
+    (tmp_path / "_cpu_avx2.so").touch()
+    lines = report()
+    assert "of an earlier build (in the last one: left out)" in row(lines, "avx2")
+    assert "built, but _cpu_baseline.so is no longer there" in row(lines, "baseline")
+    assert "not built" in row(lines, "avx512")
+    path.write_text(json.dumps({"gptkernels._cpu_avx2": "CompileError: no"}))
+    assert "of an earlier build (in the last one: CompileError: no)" in row(report(), "avx2")
+
+
 def test_a_reason_names_the_remedy():
     x = {torch.float16: torch.empty(0, 64, dtype=torch.float16)}
     if cpu_library()[0] is not None:
