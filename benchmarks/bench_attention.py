@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
+from benchmarks import best_eager
 from benchmarks.op import Op, Shape, random_leaves
 from gptkernels import cost
 from gptkernels.ops.attention import reference
@@ -18,11 +18,6 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """q, k, v of (B, H, T, D)."""
     size = (shape["B"], shape["H"], shape["T"], shape["D"])
     return random_leaves(dtype, device, size, size, size)
-
-
-def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's fused attention."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,7 +35,7 @@ OP = Op(
     small={"B": 2, "H": 2, "T": 33, "D": 32},
     inputs=inputs,
     reference=reference.causal_attention,
-    eager=eager,
+    eager=best_eager.causal_attention,
     ours=gptkernels.causal_attention,
     cost=lambda s, dtype_bytes: cost.attention(s["B"], s["H"], s["T"], s["D"], dtype_bytes),
     others={"flash-attn": flash_attn} if find_spec("flash_attn") else {},

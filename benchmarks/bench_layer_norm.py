@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
+from benchmarks import best_eager
 from benchmarks.op import Op, Shape, random_leaves
 from gptkernels import cost
 from gptkernels.ops.layer_norm import reference
@@ -26,9 +26,8 @@ def written_out(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tu
 
 
 def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """torch's LayerNorm on the sum."""
-    total = x + residual
-    return F.layer_norm(total, weight.shape, weight, bias), total
+    """The training step's, with the inputs in this file's order."""
+    return best_eager.layer_norm(x, weight, bias, residual=residual)
 
 
 def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, backend: str) -> tuple[Tensor, ...]:

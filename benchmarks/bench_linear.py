@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
+from benchmarks import best_eager
 from benchmarks.op import Op, Shape, random_leaves
 from gptkernels import cost
 from gptkernels.ops.linear import reference
@@ -20,11 +20,6 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     return x, weight, bias
 
 
-def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """torch's linear."""
-    return F.linear(x, weight, bias)
-
-
 OP = Op(
     name="linear",
     title="linear",
@@ -34,7 +29,7 @@ OP = Op(
     small={"N": 33, "C": 64, "K": 96},
     inputs=inputs,
     reference=reference.linear,
-    eager=eager,
+    eager=best_eager.linear,
     ours=gptkernels.linear,
     cost=lambda s, dtype_bytes: cost.linear(s["N"], s["C"], s["K"], dtype_bytes),
 )

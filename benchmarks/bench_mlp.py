@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import gptkernels
+from benchmarks import best_eager
 from benchmarks.device import Clock, CudaClock, Stages, timed
 from benchmarks.op import Op, Shape, random_leaves
 from gptkernels import cost
@@ -24,11 +24,6 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
         w_fc.mul_(C**-0.5)
         w_proj.mul_(hidden**-0.5)
     return x, w_fc, b_fc, w_proj, b_proj
-
-
-def eager(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
-    """torch's linear and GELU, tanh form as the reference's default."""
-    return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
 
 
 class BareGemms:
@@ -88,7 +83,7 @@ OP = Op(
     small={"N": 33, "C": 64, "F": 128},
     inputs=inputs,
     reference=reference.gelu_mlp,
-    eager=eager,
+    eager=best_eager.gelu_mlp,
     ours=gptkernels.gelu_mlp,
     cost=lambda s, dtype_bytes: cost.gelu_mlp(s["N"], s["C"], s["F"], dtype_bytes),
     extra=BareGemms,

@@ -1,6 +1,7 @@
 """The GPT as a careful PyTorch user writes it: torch's fused attention, LayerNorm, GELU and cross-entropy.
 
-The operators have the names of ours, so that one clock can be put around both (benchmarks/breakdown.py).
+The operators have the names of ours, so that one clock can be put around both (benchmarks/breakdown.py), and are the best
+eager column of `bench ops` too.
 """
 
 from __future__ import annotations
@@ -81,11 +82,16 @@ def causal_attention_packed(qkv: Tensor, H: int) -> Tensor:
     B, T, width = qkv.shape
     C = width // 3
     q, k, v = (x.view(B, T, H, C // H).transpose(1, 2) for x in qkv.split(C, dim=2))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+    return causal_attention(q, k, v).transpose(1, 2).reshape(B, T, C)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's fused attention on (B, H, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def gelu_mlp(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *, approximate: str
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *, approximate: str = "tanh"
 ) -> Tensor:
     """torch's linear and GELU."""
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate=approximate), w_proj, b_proj)

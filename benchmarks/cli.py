@@ -88,7 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="timing of one case, shared evenly by its columns; a column with slow runs gets fewer rounds, at least one "
+        help="to time one case: each column may take an equal part of it, and one whose runs are too slow for that is in "
+        "fewer rounds, at least in one; its CUDA graphs may take as much again "
         f"(default {BUDGETS['cpu']:g}, on a GPU {BUDGETS['cuda']:g})",
     )
     parser.add_argument(
@@ -100,7 +101,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, small shapes of operators, no memory")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file too, after every case")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write the JSON to a file too, and FILE.csv beside it, after every case",
+    )
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -143,6 +149,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 parser.error(f"bench {args.command} has no {name!r}: choose {', '.join(known)}")
     if args.threads < 0 or args.rounds < 0 or (args.budget is not None and args.budget <= 0):
         parser.error("--threads and --rounds must not be negative and --budget must be positive")
+    if args.out is not None and args.out.suffix != ".json":
+        parser.error(f"--out must end in .json, got {args.out}: the same figures as CSV are written beside it")
 
 
 def main(argv: Sequence[str]) -> int:

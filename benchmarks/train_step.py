@@ -42,8 +42,8 @@ SIZES = {
     ),
     "gpt-384-b64": Config(GPT_384, TrainConfig(batch=64)),
 }
-# The sequences that are measured of a preset whose step is of many micro batches.
-MICRO_BATCHES = {"gpt2-124m": 16}
+# The sequences that are measured where batch_tokens is of many and the memory decides how many at once.
+MICRO_BATCH = 16
 DEFAULT_CASES = {"cpu": ("shakespeare-cpu", "gpt-384", "gpt2-width"), "cuda": ("gpt-384-b64", "gpt2-124m")}
 # What a process warms up with before it measures memory.
 TINY = "tiny"
@@ -62,8 +62,11 @@ def train_config(name: str) -> Config:
     """The configuration of a built-in size, or of a preset with tiny Shakespeare's vocabulary where it names none."""
     if name in SIZES:
         return SIZES[name]
-    few = MICRO_BATCHES.get(name)
-    config, _ = resolve(name, [f"batch={few}", "batch_tokens=0"] if few else [])
+    config, _ = resolve(name, [])
+    if config.train.batch_tokens:
+        micro = config.train.micro_batch
+        few = min(config.sequences, MICRO_BATCH) if micro == "auto" else int(micro)
+        config = replace(config, train=replace(config.train, batch=few, batch_tokens=0))
     if config.model.dropout:
         raise ValueError(
             f"bench train needs dropout=0, since F.scaled_dot_product_attention draws other masks than the reference; "

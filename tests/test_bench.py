@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import best_eager, harness
 from benchmarks.case import excuse
 from benchmarks.cli import main
 from benchmarks.compiler import reason
@@ -26,6 +26,7 @@ from benchmarks.ops import OPS
 from benchmarks.options import Options
 from benchmarks.scaling import SWEEPS
 from benchmarks.train_step import SIZES, TrainBench, train_config
+from model.config import preset_names
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {"ms", "ms_p20", "ms_p80", "runs", "gflops", "gbps", "matmul_roof_percent", "roofline_percent"}
@@ -262,6 +263,29 @@ def test_the_sizes_are_the_issues():
         train_config("gpt-5")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "batch"),
+    [
+        *((preset, "", 16) for preset in preset_names() if preset.startswith("gpt2-")),
+        ("few.toml", "batch_tokens = 256", 4),
+        ("micro.toml", "batch_tokens = 4096\nmicro_batch = '32'", 32),
+        ("whole.toml", "batch = 64", 64),
+    ],
+)
+def test_of_a_step_of_many_micro_batches_one_is_measured(tmp_path, name, settings, batch):
+    if name.endswith(".toml"):
+        (tmp_path / name).write_text(f"[model]\ncontext = 64\n[train]\n{settings}\n")
+        name = str(tmp_path / name)
+    assert train_config(name).train.batch == train_config(name).sequences == batch
+
+
+def test_the_best_eager_of_an_operator_is_that_of_a_training_step(monkeypatch):
+    for name in ("linear", "causal_attention", "gelu_mlp", "linear_cross_entropy"):
+        assert getattr(best_eager, name) in [op.eager for op in OPS.values()]
+    monkeypatch.setattr(best_eager, "layer_norm", lambda x, weight, bias, residual: (x, weight, bias, residual))
+    assert OPS["layer_norm"].eager("x", "residual", "weight", "bias") == ("x", "weight", "bias", "residual")
+
+
 def test_a_warm_up_gives_back_its_gradients():
     held = []
 
@@ -327,7 +351,15 @@ def test_pytest_benchmark_suite_saves_and_compares(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [("ops", "softmax"), ("scaling", "depth"), ("train", "--rounds", "-1"), ("ops", "--budget", "0")]
+    "argv",
+    [
+        ("ops", "softmax"),
+        ("scaling", "depth"),
+        ("train", "--rounds", "-1"),
+        ("ops", "--budget", "0"),
+        ("ops", "--out", "x.csv"),
+        ("ops", "--out", "results"),
+    ],
 )
 def test_a_wrong_command_line_is_a_usage_error(argv, capsys):
     with pytest.raises(SystemExit) as exit:
