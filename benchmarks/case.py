@@ -27,6 +27,9 @@ OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 TORCH_FACTOR = 10.0
 # The extra column of a bf16 run: the same work of ours in fp32.
 OURS_FP32 = "ours fp32"
+# The extra column of a training step: ours under torch.compile, as `compile=on` trains.
+OURS_COMPILED = "ours compiled"
+COMPILED = ("compile", OURS_COMPILED)
 # The columns of ours on a GPU; the first that works is the one that the ratios of a case are of.
 GPU_BACKENDS = ("triton", "cuda")
 
@@ -51,7 +54,7 @@ def our_names(options: Options) -> list[str]:
 
 def factor(column: str, gradient: bool) -> float:
     """How many times the error of the written-out form a column may make."""
-    if column not in ("reference", "ours", OURS_FP32, *GPU_BACKENDS):
+    if column not in ("reference", "ours", OURS_FP32, OURS_COMPILED, *GPU_BACKENDS):
         return TORCH_FACTOR
     return GRADIENT_FACTOR if gradient else OUTPUT_FACTOR
 
@@ -103,7 +106,8 @@ def run_case(
             notes[column.name]["passed"] &= note.get("passed", True)
     if options.memory:
         add_memory(title, columns, notes, gradient_bytes, work, options)
-    ours = [name for name in our_names(options) if rows[0] in notes[name]] or our_names(options)
+    known = [*our_names(options), OURS_COMPILED]
+    ours = [name for name in known if rows[0] in notes.get(name, {})] or our_names(options)
     return {
         "case": title,
         "device": options.device,
@@ -179,7 +183,7 @@ def gated(
             continue
         notes[name] = {"passed": True, "bound": True} if errors is None else gate_figures(errors)
         # What compiling needed the first time is no measure of a run; on a GPU every kernel is compiled then.
-        if errors is not None and name != "compile" and options.device == "cpu":
+        if errors is not None and name not in COMPILED and options.device == "cpu":
             warm[name] = time.perf_counter() - start
         if notes[name]["passed"]:
             columns.append(column)
@@ -193,7 +197,7 @@ def excuse(name: str, error: Exception, options: Options) -> dict[str, object]:
     that does not run fails its column and the run, but not the figures of the others.
     """
     ours = name in our_names(options)
-    if isinstance(error, torch.OutOfMemoryError) or (name == "compile" and unavailable(error)):
+    if isinstance(error, torch.OutOfMemoryError) or (name in COMPILED and unavailable(error)):
         return {"passed": True, "unavailable": reason(error)}
     if options.device == "cpu" or name in ("reference", "eager"):
         raise error

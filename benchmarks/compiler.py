@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def compiled(function: Callable) -> Callable:
-    """The function compiled for static shapes, whatever was compiled before; the first call compiles."""
+def compiled(function: Callable, *, beside: bool = False) -> Callable:
+    """The function compiled for static shapes, whatever was compiled before; the first call compiles.
+
+    beside: what was compiled before is still in use.
+    """
     import torch._dynamo  # seconds of imports that a run without this column can do without
 
-    torch._dynamo.reset()  # the limit of recompilations counts per function
+    if not beside:
+        torch._dynamo.reset()  # the limit of recompilations counts per function
     return torch.compile(function, dynamic=False)
 
 

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 COLOURS = {
     "ours": "#0072B2",
     "triton": "#0072B2",
+    "ours compiled": "#009E73",
     "cuda": "#009E73",
     "eager": "#E69F00",
     "compile": "#CC79A7",

@@ -1,4 +1,4 @@
-"""`bench train`: a whole training step of the reference, best eager, torch.compile of it, and ours.
+"""`bench train`: a whole training step of the reference, best eager, torch.compile of it, ours, and torch.compile of ours.
 
 All columns train the very same Parameter objects with the very same optimizer. The learning rate is 0: AdamW does all of
 its work and the weights stay what they were when the columns were compared with float64, so that what is timed is
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.best_eager import BestEager
 from benchmarks.breakdown import breakdown
-from benchmarks.case import GPU_BACKENDS, column_dtype, column_names, factor, run_case
+from benchmarks.case import COMPILED, GPU_BACKENDS, OURS_COMPILED, column_dtype, column_names, factor, run_case
 from benchmarks.compiler import compiled
 from benchmarks.device import AS_IT_COMES, Stages, clock_of, timed
 from benchmarks.harness import Column
@@ -206,7 +206,13 @@ class TrainBench:
             # The compiled column's logits are best eager's: its own function is the loss, which its gradients pin down.
             return TrainColumn(name, loss, eager, self, eager)
         ours = FastGPT.from_reference(self.weights, backend=name if name in GPU_BACKENDS else self.backend)
-        return TrainColumn(name, lambda *batch: ours(*batch)[1], lambda idx: ours(idx)[0], self, ours)
+
+        def loss(idx: Tensor, targets: Tensor) -> Tensor:
+            return ours(idx, targets)[1]
+
+        if name == OURS_COMPILED:
+            loss = compiled(loss, beside=True)
+        return TrainColumn(name, loss, lambda idx: ours(idx)[0], self, ours)
 
     def oracle(self) -> Outcome:
         """The reference in float64."""
@@ -281,6 +287,11 @@ class Gate:
         ]
 
 
+def columns_of(options: Options) -> list[str]:
+    """The columns of a training step, in order; on a GPU a CUDA graph does what compiling ours would."""
+    return column_names(options) + ([OURS_COMPILED] if options.compile and options.device == "cpu" else [])
+
+
 def bench_case(name: str, options: Options) -> dict[str, object]:
     """Every figure of the training step of one size."""
     config = train_config(name)
@@ -290,7 +301,7 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
     shape = {"L": m.n_layer, "H": m.n_head, "C": m.n_embd, "T": m.context, "B": B, "V": m.vocab_size}
     case = run_case(
         f"{name} training step " + " ".join(f"{k}={v}" for k, v in shape.items()),
-        column_names(options),
+        columns_of(options),
         ROWS,
         build=bench.column,
         judge=Gate(bench),
@@ -301,7 +312,8 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
     )
     extra: dict[str, object] = {"logits_compared": bench.few * m.context}
     if options.breakdown:
-        timed_columns = [column for column in ("eager", *case["ours"]) if ROWS[0] in case["columns"][column]]
+        plain = [column for column in ("eager", *case["ours"]) if column != OURS_COMPILED]
+        timed_columns = [column for column in plain if ROWS[0] in case["columns"][column]]
         extra["breakdown"] = breakdown(bench, timed_columns, options)
     return {"size": name, "shape": shape, "parameters": parameters, **extra, **case}
 
@@ -322,7 +334,7 @@ def peak_work(work: dict) -> tuple[Column, int]:
     bench.optimizer.step()
     bench.optimizer.zero_grad(set_to_none=True)
     column = bench.column(name)
-    if name == "compile":
+    if name in COMPILED:
         column.run()
     else:
         TrainBench(train_config(TINY), dtype, backend).column(name).run()

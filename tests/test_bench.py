@@ -178,13 +178,16 @@ def test_bf16_adds_our_fp32(capsys):
 
 
 # torch's own compiler uses what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning"
+)
 def test_train_quick_ends_with_every_figure(capsys):
     status, text, result = run_bench(capsys, "train", "--preset", "tiny", "--quick", "--rounds", "2")
     assert status == 0, text
     (case,) = result["cases"]
     assert case["rows"] == ["forward", "backward", "step"]
-    assert_every_figure(case, {"reference", "eager", "compile", "ours"})
+    assert_every_figure(case, {"reference", "eager", "compile", "ours", "ours compiled"})
+    assert case["ours"] == ["ours", "ours compiled"]
 
 
 def test_a_wrong_column_is_not_timed_and_fails_the_run(capsys, monkeypatch):
