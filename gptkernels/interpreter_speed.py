@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as upstream
+from triton.language.semantic import TritonSemantic
 
 types: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 numpy_dtypes: dict[str, np.dtype] = {}
 block_init, tensor_init = tl.block_type.__init__, tl.tensor.__init__
 unwrap, dtype_equals, find_numpy_dtype = tl.core._unwrap_if_constexpr, tl.dtype.__eq__, upstream._get_np_dtype
-Semantic = upstream.TritonSemantic
-broadcast = Semantic.broadcast_impl_value
+broadcast = TritonSemantic.broadcast_impl_value
 ATOMS = frozenset((int, float, bool, str, type(None), tl.tensor, tl.dtype))
 
 
@@ -91,5 +91,5 @@ LANGUAGE: tuple[tuple[Any, str, Any], ...] = (
     (tl.block_type, "__init__", block_type),
     (tl.tensor, "__init__", tensor),
     (upstream, "_get_np_dtype", numpy_dtype),
-    (Semantic, "broadcast_impl_value", broadcast_impl_value),
+    (TritonSemantic, "broadcast_impl_value", broadcast_impl_value),
 )

@@ -291,7 +291,7 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}, code
 
 
-def run_tool(name: str, *arguments: str) -> str:
+def run_tool(name: str, *arguments: str | Path) -> str:
     result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{name} failed: {result.stderr.strip() or result.stdout.strip()}")
