@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import Config
-from model.equivalence_rule import FACTOR, GRADIENT_FACTOR, Row, compare, pooled
+from model.equivalence_rule import FACTOR, GRADIENT_FACTOR, Row, compare, nearest, pooled
 from model.equivalence_sites import Choice, as_it_is, forward_sites, tapped
 from model.equivalence_subject import Batch, Models
 from model.fast import FastGPT, Model
@@ -20,6 +19,7 @@ from model.optimize import make_optimizer
 from model.reference import GPT
 
 GRADIENT = "grad "
+STEP = "weights after one step"
 
 
 def run_forward(
@@ -45,6 +45,7 @@ def outcome(model: Model, batch: Batch, dtype: torch.dtype, seed: int, choose: C
     for name, p in model.named_parameters():
         # A parameter that no gradient reached is a finding, not an exception: NaN fails the rule by itself.
         gradients[GRADIENT + name] = torch.full_like(p, math.nan) if p.grad is None else p.grad.detach()
+    model.zero_grad(set_to_none=True)
     return {"logits": logits.detach(), "loss": loss.detach(), **gradients}
 
 
@@ -60,29 +61,34 @@ def factor_of(quantity: str) -> float:
 
 def compare_outcomes(models: Models, batches: Sequence[Batch], dtype: torch.dtype, seed: int) -> list[Row]:
     """Logits, loss and every gradient, each over all the batches; ours are computed twice."""
-    rows: dict[str, list[Row]] = {}
-    for i, batch in enumerate(batches):
-        first, again = (outcome(models.ours, batch, dtype, seed + i, models.choose) for _ in range(2))
-        plain, oracle = (outcome(model, batch, dtype, seed + i) for model in (models.plain, models.oracle))
-        for name, right in oracle.items():
-            row = compare(name, first[name], plain[name], right, dtype=dtype, level=level_of(name), again=again[name])
-            rows.setdefault(name, []).append(row)
-    return [pooled(of_quantity, dtype, factor_of(name)) for name, of_quantity in rows.items()]
+    found = [outcome_rows(models, batch, dtype, seed + i) for i, batch in enumerate(batches)]
+    return [pooled(rows, dtype, factor_of(rows[0].quantity)) for rows in zip(*found, strict=True)]
 
 
-def stepped(model: Model, gradients: Mapping[str, Tensor], config: Config, norm: float = 0.0) -> Tensor:
-    """All weights, in one row, after a step of the configuration's optimizer from the model's, which stay as they are.
+def outcome_rows(models: Models, batch: Batch, dtype: torch.dtype, seed: int) -> list[Row]:
+    """Logits, loss and every gradient of one batch; their tensors are gone when it returns."""
+    first, again, plain, oracle = outcomes(models, batch, dtype, seed)
+    return [
+        compare(name, first[name], plain[name], right, dtype=dtype, level=level_of(name), again=again[name])
+        for name, right in oracle.items()
+    ]
 
-    norm is the gradients' norm as clipping sees it, if not their own.
-    """
-    moved = copy.deepcopy(model)
-    for name, p in moved.named_parameters():
-        p.grad = gradients[GRADIENT + name].clone()
+
+def outcomes(models: Models, batch: Batch, dtype: torch.dtype, seed: int) -> list[dict[str, Tensor]]:
+    """What ours gives, twice, plain PyTorch and float64."""
+    ours = [outcome(models.ours, batch, dtype, seed, models.choose) for _ in range(2)]
+    return ours + [outcome(model, batch, dtype, seed) for model in (models.plain, models.oracle)]
+
+
+def stepped(weight: Tensor, gradient: Tensor, config: Config, norm: float) -> Tensor:
+    """A parameter after a step of the configuration's optimizer; norm is all gradients' as clipping sees it."""
+    alone = torch.nn.Module()
+    alone.weight = torch.nn.Parameter(weight.detach().clone())
+    alone.weight.grad = gradient.clone()
     if config.train.clip:
-        size = torch.tensor(norm or total_norm(gradients), dtype=torch.float64)
-        torch.nn.utils.clip_grads_with_norm_(moved.parameters(), config.train.clip, size)
-    make_optimizer(moved, config).step()
-    return torch.cat([p.detach().flatten() for p in moved.parameters()])
+        torch.nn.utils.clip_grads_with_norm_([alone.weight], config.train.clip, torch.tensor(norm, dtype=torch.float64))
+    make_optimizer(alone, config).step()
+    return alone.weight.detach()
 
 
 def total_norm(found: Mapping[str, Tensor]) -> float:
@@ -101,27 +107,30 @@ def compare_step(
     gradient were off by the allowed error, up or down, plus the roundings of the step itself, half a unit in the last place
     each: three of the weight (factor of the decay, product, sum), fourteen of its move (two moments, a square, a root, a
     sum, two quotients, a product, and the constants in them).
+
+    AdamW moves each parameter by itself: one after the other needs an eighth of the memory.
     """
-    ours, again = (outcome(models.ours, batch, dtype, seed, models.choose) for _ in range(2))
-    plain, exact = (outcome(model, batch, dtype, seed) for model in (models.plain, models.oracle))
-    before = torch.cat([p.detach().flatten() for p in models.oracle.parameters()])
-    after = stepped(models.oracle, exact, config)
-    allowed = torch.finfo(torch.float32).eps * (1.5 * after.abs() + 7 * (after - before).abs())
+    found = outcomes(models, batch, dtype, seed)
+    norms = [total_norm(one) for one in found]
     slack = {row.quantity: row.allowed for row in rows}
-    ends = [
-        stepped(models.oracle, {name: g + sign * slack[name] for name, g in exact.items()}, config, total_norm(exact))
-        for sign in (1.0, -1.0)
-    ]
-    return compare(
-        "weights after one step",
-        stepped(models.ours, ours, config),
-        stepped(models.plain, plain, config),
-        after,
-        dtype=torch.float32,  # that of the weights, whatever the arithmetic is
-        level="step",
-        again=stepped(models.ours, again, config),
-        allowed=allowed + torch.stack([(end - after).abs() for end in ends]).amax(0),
-    )
+    of_parameters = []
+    for name, before in models.oracle.named_parameters():
+        gradients, common = [one[GRADIENT + name] for one in found], models.plain.get_parameter(name)
+        ours, again, plain = (
+            stepped(common, g, config, norm) for g, norm in zip(gradients[:3], norms[:3], strict=True)
+        )
+        exact, norm = gradients[3], norms[3]
+        after = stepped(before, exact, config, norm)
+        moved = [
+            (stepped(before, exact + end, config, norm) - after).abs()
+            for end in (slack[GRADIENT + name], -slack[GRADIENT + name])
+        ]
+        rounding = torch.finfo(torch.float32).eps * (1.5 * after.abs() + 7 * (after - before.detach()).abs())
+        allowed = rounding + torch.maximum(*moved)
+        # float32 is the dtype of the weights, whatever the arithmetic is.
+        row = compare(STEP, ours, plain, after, dtype=torch.float32, level="step", again=again, allowed=allowed)
+        of_parameters.append(row)
+    return nearest(of_parameters)
 
 
 def greedy(model: Model, prompt: Tensor, tokens: int, dtype: torch.dtype, choose: Choice = as_it_is) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,25 +137,26 @@ def last_place(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(x, limits.eps / 2), exponent)
 
 
+def nearest(rows: Sequence[Row]) -> Row:
+    """One quantity in several parts, each with limits of its own: the largest of each number, and of the share of the limit."""
+    share, row = max(row.share for row in rows), largest_of(rows)
+    if share == math.inf:
+        return replace(row, allowed=math.nan)
+    return replace(row, allowed=row.error / share if share else largest(row.allowed for row in rows))
+
+
 def pooled(rows: Sequence[Row], dtype: torch.dtype, factor: float = FACTOR) -> Row:
     """One quantity over several batches: the largest of each number, under the same rule."""
-    error, reference_error, magnitude, rms, reference_rms, ulp = (
-        largest(getattr(row, name) for row in rows)
-        for name in ("error", "reference_error", "magnitude", "rms", "reference_rms", "ulp")
-    )
-    allowed = allowed_error(reference_error, magnitude, dtype, factor)
+    row = largest_of(rows)
+    return replace(row, allowed=allowed_error(row.reference_error, row.magnitude, dtype, factor))
+
+
+def largest_of(rows: Sequence[Row]) -> Row:
+    """The first row with the largest of each number among them all, and whether every one repeats."""
+    names = ("error", "reference_error", "magnitude", "rms", "reference_rms", "ulp")
     known = [row.repeats for row in rows if row.repeats is not None]
-    return replace(
-        rows[0],
-        error=error,
-        reference_error=reference_error,
-        magnitude=magnitude,
-        allowed=allowed,
-        rms=rms,
-        reference_rms=reference_rms,
-        ulp=ulp,
-        repeats=all(known) if known else None,
-    )
+    most: dict[str, Any] = {name: largest(getattr(row, name) for row in rows) for name in names}
+    return replace(rows[0], repeats=all(known) if known else None, **most)
 
 
 def largest(values: Iterable[float]) -> float:

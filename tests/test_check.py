@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from model import cli, equivalence_subject, fast
 from model.config import resolve
 from model.equivalence_report import table
-from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_place, pooled
+from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_place, nearest, pooled
 from model.equivalence_run import compare_all
 from model.equivalence_sites import forward_sites
 from model.equivalence_subject import subject
@@ -215,6 +216,18 @@ def test_elements_may_have_limits_of_their_own():
     assert row.share == pytest.approx(2.0) and not row.passed and row.error == 0.5
     assert compare("x", exact, exact, exact, dtype=torch.float32, allowed=limits).passed
     assert not compare("x", exact * math.nan, exact, exact, dtype=torch.float32, allowed=limits).passed
+
+
+def test_parts_with_limits_of_their_own_are_judged_by_the_nearest():
+    """A large error within its limit hides no small one beyond its own."""
+    rows = [Row("w", 1.0, 1.0, 8.0, 4.0, repeats=True), Row("w", 0.1, 0.2, 9.0, 0.05, repeats=True)]
+    both = nearest(rows)
+    assert not both.passed and both.share == pytest.approx(2.0)
+    assert (both.error, both.reference_error, both.magnitude, both.repeats) == (1.0, 1.0, 9.0, True)
+    assert nearest(rows[:1]) == rows[0]
+    assert not nearest([rows[0], replace(rows[0], error=math.nan)]).passed
+    assert not nearest([rows[0], replace(rows[0], error=0.0, allowed=math.nan)]).passed
+    assert nearest([rows[0], replace(rows[0], repeats=False)]).repeats is False
 
 
 def test_a_long_check_says_where_it_is(capsys):
