@@ -25,6 +25,7 @@ from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
 from gptkernels.backend import BACKENDS
 from model.config import preset_names
+from model.files import user_path
 
 ROUNDS, QUICK_ROUNDS = 20, 8
 BUDGETS = {"cpu": 600.0, "cuda": 10.0}
@@ -59,10 +60,14 @@ def make_parser() -> argparse.ArgumentParser:
     plot = commands.add_parser(
         "plot", help="pictures (PNG and SVG) of results: roofline, speed-ups, cost against sizes"
     )
-    plot.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of bench ops, train or scaling --out")
-    plot.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="default docs")
+    plot.add_argument(
+        "files", nargs="+", type=user_path, metavar="FILE", help="JSON of bench ops, train or scaling --out"
+    )
+    plot.add_argument("--out", type=user_path, default=Path("docs"), metavar="FOLDER", help="default docs")
     table = commands.add_parser("table", help="the README's table from committed results")
-    table.add_argument("files", nargs="+", metavar="FILE", help="JSON of bench --out, of check, or a run's result.json")
+    table.add_argument(
+        "files", nargs="+", type=user_path, metavar="FILE", help="JSON of bench --out, of check, or a run's result.json"
+    )
     return parser
 
 
@@ -103,7 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="FILE.json",
         help="write the JSON to a file too, and FILE.csv beside it, after every case",
     )
@@ -158,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(list(argv))
     if args.command == "table":
-        files = [json.loads(Path(file).read_text(encoding="utf-8")) for file in args.files]
+        files = [json.loads(file.read_text(encoding="utf-8")) for file in args.files]
         of_gpus = [file for file in files if file.get("device") == "cuda" and file.get("what") != "scaling"]
         if len(files) > len(of_gpus):
             print(markdown(files))

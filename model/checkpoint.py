@@ -14,7 +14,7 @@ from torch import Tensor
 from model.config import Config, build, flatten
 from model.data import Dataset
 from model.fast import FastGPT, Model
-from model.files import write_atomically
+from model.files import user_path, write_atomically
 from model.hf import PREFIX, folder_of, load_hf
 from model.lora import add_lora, merge_lora
 from model.optimize import Learner
@@ -74,7 +74,7 @@ def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
 
     `run` may be the file itself. It is read with weights_only: it can hold no code.
     """
-    path = Path(run)
+    path = user_path(run)
     if path.is_dir():
         path /= which or (BEST if (path / BEST).is_file() else LAST)
     if not path.is_file():

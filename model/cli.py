@@ -177,6 +177,7 @@ def data_command(args: argparse.Namespace) -> int:
     """`data`: what a text is, and its beginning; or token shards, made or checked."""
     from model.data import load_text
     from model.fetch import cache_folder
+    from model.files import user_path
     from model.prepare import prepare, summary
     from model.shards import holds_shards
     from model.tokenizer import CharTokenizer
@@ -184,11 +185,11 @@ def data_command(args: argparse.Namespace) -> int:
     if len(args.words) > 1:
         raise UsageError(f"data takes one source, got {len(args.words)}")
     source = (args.words or ["shakespeare"])[0]
-    if args.tokenizer or holds_shards(Path(source)):
-        made = (
-            prepare(source, args.tokenizer, args.vocab, args.out, args.val_fraction) if args.tokenizer else Path(source)
-        )
-        print(summary(made))
+    made = user_path(source)
+    if args.tokenizer or holds_shards(made):
+        if args.tokenizer:
+            made = prepare(source, args.tokenizer, args.vocab, args.out, args.val_fraction)
+        print(summary(made, written=bool(args.tokenizer)))
         print(f"\ntrain on it: gptkernels train PRESET data={made}")
         return 0
     text = load_text(source)

@@ -304,7 +304,7 @@ def preset_names() -> list[str]:
 
 def read_preset(preset: str) -> dict[str, Any]:
     """Dotted settings of a preset, by its name or by the path of a .toml file."""
-    path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    path = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not path.is_file():
         raise ValueError(f"no preset {preset!r}: choose {', '.join(preset_names())}, or the path of a .toml file")
     settings = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from model.checkpoint import load_source
+from model.files import user_path
 from model.hf import PREFIX, folder_of, own_tokenizer, plain_tensors, write_folder
 from model.safetensors_file import write_safetensors
 from model.tokenizer import BpeTokenizer, Tokenizer
@@ -23,7 +22,7 @@ def convert(source: str, target: str, overrides: list[str]) -> str:
         tokenizer = tokenizer or own_tokenizer(folder_of(source))
         write_folder(folder, model, tokenizer)
         return f"{folder}: GPT-2 for transformers ({shape}), {described(tokenizer)}"
-    path = Path(target).expanduser()
+    path = user_path(target)
     if path.suffix != ".safetensors":
         raise ValueError(f"TARGET must be hf:FOLDER or a .safetensors file, got {target!r}")
     if path.exists():

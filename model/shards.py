@@ -29,6 +29,8 @@ MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 SHARD_TOKENS = 1 << 26
 HASH_BYTES = 1 << 24
 ROUNDS = 4
+# Which of a part's shards to hash: all, or the share of one of several processes that read them together.
+ALL = slice(None)
 
 
 def holds_shards(path: Path) -> bool:
@@ -90,11 +92,10 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """(content, sha256) of a folder's manifest; ValueError where it is not one of ours."""
-    data = (folder / MANIFEST).read_bytes()
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a folder's manifest; ValueError where it is not one of ours."""
     try:
-        content = json.loads(data)
+        content = dict(json.loads((folder / MANIFEST).read_bytes()))
         found = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -102,18 +103,26 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         ) from error
     if found != FORMAT:
         raise ValueError(f"{folder / MANIFEST} must have format {FORMAT}, got {found}: prepare the shards again")
-    return content, sha256(data)
+    return content
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """The hash of the tokens that a manifest tells of: the same ones made of a text at another place have the same."""
+    tokens = {name: manifest[name] for name in ("tokenizer_sha256", "dtype", "train", "val")}
+    return sha256(json.dumps(tokens, sort_keys=True).encode())
 
 
 class Shards:
     """The tokens of a folder's train or val part as one sequence, read where they lie.
 
-    Every shard's size and hash are checked when it is opened; ValueError naming the one that is truncated or changed.
-    Slices and windows are int64 tensors of their own.
+    Every shard's size is checked when it is opened, and the hash of those in the slice `hashed`; ValueError naming the one
+    that is truncated or changed. Slices and windows are int64 tensors of their own.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]], dtype: str) -> None:
+    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]], dtype: str, hashed: slice = ALL) -> None:
         self.arrays = [open_shard(folder / entry["file"], entry, dtype) for entry in entries]
+        for entry in entries[hashed]:
+            check_shard(folder / entry["file"], entry["sha256"])
         self.ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -159,20 +168,22 @@ class Shards:
 
 
 def open_shard(path: Path, entry: dict[str, Any], dtype: str) -> np.ndarray:
-    """A shard's tokens, memory-mapped, after a check against its entry of the manifest."""
+    """A shard's tokens, memory-mapped, after a check that it is there and whole."""
     if not path.is_file():
         raise ValueError(f"shard {path} of the manifest is missing: prepare the data again, or copy the whole folder")
     if (size := path.stat().st_size) != entry["bytes"]:
         raise ValueError(f"shard {path} must have {entry['bytes']} bytes, got {size}: it is truncated or another file")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def check_shard(path: Path, expected: str) -> None:
+    """Raise unless a shard has the sha256 that it was written with."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BYTES):
             digest.update(block)
-    if (found := digest.hexdigest()) != entry["sha256"]:
-        raise ValueError(
-            f"shard {path} must have sha256 {entry['sha256']}, got {found}: it is corrupt, prepare it again"
-        )
-    return np.memmap(path, dtype=dtype, mode="r")
+    if (found := digest.hexdigest()) != expected:
+        raise ValueError(f"shard {path} must have sha256 {expected}, got {found}: it is corrupt, prepare it again")
 
 
 def permuted(index: np.ndarray, count: int, key: int) -> np.ndarray:

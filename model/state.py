@@ -17,12 +17,13 @@ from model.checkpoint import LAST, build_model
 from model.config import Config
 from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
+from model.files import user_path
 from model.guard import Spikes
 from model.initial import initial
 from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, parts_of, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
-from model.ranks import Ranks, join, local_rank
+from model.ranks import Ranks, join, local_rank, local_share
 from model.run_files import summary_writer
 from model.tokenizer import restored
 
@@ -98,7 +99,7 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     ranks = join(device)
     check_shares(config, ranks)
     tokenizer, expected = (restored(earlier["tokenizer"]), earlier["data_sha256"]) if earlier else (None, None)
-    dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected)
+    dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected, local_share())
     begins = t.init and not earlier
     shape, weights = initial(config, dataset.tokenizer) if begins else (config.model, None)
     # Resolved once: a run that goes on elsewhere computes as it began.
@@ -153,7 +154,7 @@ def run_folder(config: Config, label: str) -> Path:
     """A new folder for a run: out/name, or out/label-time; raises when a named one holds a run, or none can be made."""
     t = config.train
     stem, attempt = t.name or f"{label or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}", 1
-    folder = Path(t.out) / stem
+    folder = user_path(t.out) / stem
     # A best checkpoint alone is left by a run that was killed within its first evaluation: it can only begin again.
     if t.name and (folder / LAST).is_file():
         raise ValueError(f"{folder} holds a run: resume it with `train --resume {folder}`, or choose another name=")
@@ -165,7 +166,7 @@ def run_folder(config: Config, label: str) -> Path:
             if t.name:
                 raise RuntimeError(f"{folder} must be a folder, but a file is there: choose another name=") from error
             attempt += 1
-            folder = Path(t.out) / f"{stem}-{attempt}"
+            folder = user_path(t.out) / f"{stem}-{attempt}"
         except OSError as error:
             raise RuntimeError(f"cannot make the run folder {folder}: {error.strerror}: choose another out=") from error
 

@@ -19,7 +19,7 @@ from model.checkpoint import BEST, LAST, load, pack, save_atomically
 from model.config import Config, build, flatten, override, parse_override, read_preset, to_toml
 from model.data import random_batch
 from model.evaluate import evaluate, sample_text
-from model.files import write_text
+from model.files import user_path, write_text
 from model.guard import failure, keep_batch
 from model.interrupt import interruptible
 from model.memory import kept_by_operator
@@ -226,7 +226,7 @@ def train(config: Config, *, label: str = "", quiet: bool = False) -> dict[str, 
 
 def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> dict[str, Any]:
     """Go on with a run from its last checkpoint, bit for bit as if it had not stopped; overrides may change [train]."""
-    folder = Path(folder)
+    folder = user_path(folder)
     if folder.is_file():
         raise ValueError(f"RUN must be a run folder to go on with, got the file {folder}: give {folder.parent}")
     payload = load(folder, LAST)

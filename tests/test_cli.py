@@ -108,6 +108,31 @@ def test_what_is_wrong_is_one_line(call, run, words, status, message):
     assert (found, out, err.count("\n")) == (status, "", 1) and message in err
 
 
+def test_home_is_known_where_no_shell_sees_it(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question.\n" * 40)
+    (tmp_path / "own.toml").write_text("[model]\nn_embd = 16\nn_head = 2\ncontext = 8\nn_layer = 1\n")
+    settings = ["data=~/text.txt", "out=~/runs", "name=a", "steps=2", "eval_batches=0", "sample_tokens=0", "--quiet"]
+    made = ["--tokenizer", "bpe", "--vocab", "270", "--val-fraction", "0.1", "--out=~/tokens"]
+    for words in (
+        ["train", "~/own.toml", *settings],
+        ["train", "--resume", "~/runs/a", "steps=3", "--quiet"],
+        ["sample", "~/runs/a", "--tokens", "2"],
+        ["sample", "~/runs/a/last.pt", "--tokens", "2"],
+        ["check", "~/runs/a", "--steps", "1", "--band", "2", "--report", "~/page.html"],
+        ["convert", "~/runs/a", "~/w.safetensors"],
+        ["convert", "~/w.safetensors", "hf:~/gpt2"],
+        ["data", "~/text.txt", *made],
+        ["data", "~/tokens"],
+    ):
+        assert call(*words)[0] == 0, words
+    assert not (tmp_path / "~").exists()
+    assert all(
+        (tmp_path / name).exists() for name in ("runs/a/last.pt", "page.html", "w.safetensors", "gpt2", "tokens")
+    )
+
+
 def test_help_names_the_commands(call):
     status, out, _ = call("--help")
     assert status == 0 and all(name in out for name in ("train", "sample", "data", "check", "bench", "doctor", "demo"))

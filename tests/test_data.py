@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import fetch, shakespeare
-from model.data import all_windows, load_dataset, load_text, python_text, random_batch
+from model import documents, fetch, shakespeare
+from model.data import all_windows, load_dataset, load_text, random_batch
+from model.documents import documents_of, parts, python_text
 from model.tokenizer import CharTokenizer
 
 PLAY = """\
@@ -162,14 +163,40 @@ def test_files_and_folders(tmp_path):
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
     text = load_text(str(tmp_path))
-    assert text.text == "eins\n\nzwei é\n" and "2 files, 1 that are not UTF-8 left out" in text.source
-    with pytest.raises(ValueError, match="must be UTF-8 text, but byte 0"):
+    assert text.text == "eins\n\nzwei é\n" and "2 documents, 1 that are not UTF-8 left out" in text.source
+    with pytest.raises(ValueError, match="must be UTF-8 text, but it is not"):
         load_text(str(tmp_path / "c.bin"))
     with pytest.raises(ValueError, match="exists, got"):
         load_text(str(tmp_path / "nowhere"))
     (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         load_text(str(tmp_path / "empty"))
+
+
+def test_a_name_means_the_same_text_and_documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").write_text("a file of this name")
+    assert load_text("python").text == "".join(documents_of("python")[0][0].pieces()) == python_text()
+    assert load_text("./python").text == "a file of this name"
+
+
+@pytest.mark.parametrize("piece", [7, 16, 64, 1000])
+def test_documents_are_parted_at_the_beginning_of_a_line(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(documents, "PIECE", piece)
+    monkeypatch.setattr(documents, "LONG_LINE", 40)
+    lines = ["one two", "three four five six seven eight nine", "", "ten", "eleven twelve thirteen"]
+    for text in ("\n".join(lines), "\n".join([*lines, ""])):
+        (tmp_path / "t.txt").write_text(text)
+        (document,), _ = documents_of(str(tmp_path / "t.txt"))
+        for cut in range(len(text)):
+            before, after = map("".join, parts(document, cut))
+            assert before + after == text and len(before) == (text.find("\n", cut) + 1 or len(text)), cut
+    long = " ".join(["word"] * 50)  # no line at all: parted between words
+    (tmp_path / "long.txt").write_text(long)
+    (document,), _ = documents_of(str(tmp_path / "long.txt"))
+    for cut in (1, 9, 100):
+        before, after = map("".join, parts(document, cut))
+        assert before + after == long and len(before) == long.index(" ", cut)
 
 
 def test_tokenizer_round_trip_and_unknown_character():
@@ -187,7 +214,7 @@ def test_split_and_short_texts(tmp_path):
     data = load_dataset(str(path), 0.1, context=8)
     assert (len(data.train), len(data.val)) == (90, 10)
     assert data.tokenizer.decode(data.val) == "0123456789"
-    with pytest.raises(ValueError, match=r"validation part must hold at least context \+ 2 = 11 tokens, got 10"):
+    with pytest.raises(ValueError, match=r"validation part must hold at least 11 tokens for context=9, got 10"):
         load_dataset(str(path), 0.1, context=9)
     with pytest.raises(ValueError, match="character '0' is not in the vocabulary"):
         load_dataset(str(path), 0.1, 8, CharTokenizer("123456789"))

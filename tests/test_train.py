@@ -254,7 +254,7 @@ def test_evaluation_is_the_whole_part_without_dropout(settings, text):
     ("device=cuda", RuntimeError, "device=cuda needs a GPU"),
     ("device=tpu", ValueError, "device must be auto, cpu or cuda, got 'tpu'"),
     ("vocab_size=3", ValueError, "vocab_size must be at least the data's"),
-    ("context=4000", ValueError, "must hold at least context"),
+    ("context=4000", ValueError, "must hold at least 4002 tokens"),
     ("backend=cuda", RuntimeError, "backend='cuda'"),
 ])  # fmt: skip
 def test_wrong_settings_leave_no_folder(settings, tmp_path, override, error, message):
