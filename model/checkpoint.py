@@ -1,8 +1,13 @@
-"""Checkpoints: plain tensors, numbers and words, written so that a crash never leaves half of one."""
+"""Checkpoints: plain tensors, numbers and words, written so that a crash never leaves half of one.
+
+One file, whether the model is on one device or whole on each of many. Ranks that hold parts of it write these into a
+folder, and the file, which comes last, says into which: of two that take turns, so that it never names half of one.
+"""
 
 from __future__ import annotations
 
 import pickle
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +23,13 @@ from model.files import user_path, write_atomically
 from model.hf import PREFIX, folder_of, load_hf
 from model.lora import add_lora, merge_lora
 from model.optimize import Learner
+from model.ranks import Ranks
 from model.reference import GPT
 from model.tokenizer import Tokenizer, restored
 from model.weights_file import load_weights
 
 FORMAT = 2
+TENSORS = ("model", "optimizer", "average")
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -40,6 +47,39 @@ def build_model(config: Config, weights: dict[str, Tensor] | None = None) -> Mod
 def save_atomically(payload: dict[str, Any], path: Path) -> None:
     """torch.save such that `path` is, at every moment and after a power cut, the old file or the new one."""
     write_atomically(path, lambda file: torch.save(payload, file))
+
+
+def save(payload: dict[str, Any], path: Path, ranks: Ranks) -> None:
+    """Write what pack has packed; every rank must ask for it, since each may hold a part."""
+    if "parts" in payload:
+        from model.parts import write_parts  # not at the top: seconds of imports
+
+        folder = path.with_name(ranks.said_by_first(empty_folder(path).name if ranks.first else ""))
+        write_parts(folder, payload["parts"], ranks)
+        payload = payload | {"parts": folder.name}
+    if ranks.first:
+        save_atomically(payload, path)
+        for folder in folders_of(path):
+            if folder.name != payload.get("parts"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The folders that the parts of a checkpoint may lie in."""
+    return [path.with_name(f"{path.stem}.{turn}") for turn in (0, 1)]
+
+
+def empty_folder(path: Path) -> Path:
+    """A folder for the parts of a new checkpoint, not that of the one there is; what a killed run left there goes."""
+    used = read_file(path).get("parts") if path.is_file() else None
+    folder = next(folder for folder in folders_of(path) if folder.name != used)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    except OSError as error:
+        raise RuntimeError(f"cannot make {folder}: {error.strerror}: make room there or choose another out=") from error
+    return folder
 
 
 def pack(config: Config, dataset: Dataset, learner: Learner, progress: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +109,11 @@ def holds_run(path: Path) -> bool:
     return isinstance(payload, dict) and "format" in payload
 
 
-def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
+def load(run: str | Path, which: str | None = LAST, tensors: Sequence[str] = TENSORS) -> dict[str, Any]:
     """A checkpoint of a run folder (None: the best, or the last of a run that was stopped before it had a best one).
 
-    `run` may be the file itself. It is read with weights_only: it can hold no code.
+    `run` may be the file itself. It is read with weights_only: it can hold no code. Of a checkpoint in parts, tensors says
+    what to put together; with none, payload["parts"] says where they are.
     """
     path = user_path(run)
     if path.is_dir():
@@ -81,6 +122,15 @@ def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
         raise ValueError(
             f"RUN must be a run folder with a checkpoint, or a checkpoint file, got {run}: look under runs/"
         )
+    payload = read_file(path)
+    if "parts" in payload:
+        payload["parts"] = path.with_name(payload["parts"])
+        return put_together(payload, tensors) if tensors else payload
+    return payload
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint's file holds."""
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
@@ -91,6 +141,28 @@ def load(run: str | Path, which: str | None = LAST) -> dict[str, Any]:
     return dict(payload)
 
 
+def put_together(payload: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint in parts as one that is whole: Learner.tensors the other way round."""
+    from model.parts import read_whole  # not at the top: seconds of imports
+
+    found = read_whole(payload.pop("parts"), kinds)
+    model: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    average: dict[int, Tensor] = {}
+    for name, x in found.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            model[rest] = x
+        elif kind == "average":
+            average[int(rest)] = x
+        else:
+            index, _, key = rest.partition(".")
+            states.setdefault(int(index), {})[key] = x
+    if payload["config"]["model.tie"]:
+        model["lm_head.weight"] = model["transformer.wte.weight"]
+    return payload | {"model": model, "optimizer": {"state": states}, "average": [average[i] for i in sorted(average)]}
+
+
 def load_model(run: str | Path, which: str | None = None) -> tuple[Model, Tokenizer, Config]:
     """The trained model of a run in eval mode, its tokenizer and its configuration; `which` as in load.
 
@@ -98,7 +170,7 @@ def load_model(run: str | Path, which: str | None = None) -> tuple[Model, Tokeni
     """
     if str(run).startswith(PREFIX):
         return load_hf(str(run))
-    payload = load(run, which)
+    payload = load(run, which, tensors=("model",))
     config = build(payload["config"])
     model = build_model(config)
     model.load_state_dict(payload["model"])

@@ -30,14 +30,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch.save loses its stream's error: what it raises is about its own zip file then.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
+        reason = disk_error(error)
+        if not reason:
             raise
         raise RuntimeError(
             f"cannot write {path}: {reason.strerror or reason}: make room there or choose another out= "
             "(a file of this name that was there before is whole)"
         ) from error
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """What a disk said, where that is the cause of an error in writing; None where it is not."""
+    # torch.save loses its stream's error: what it raises is about its own zip file then.
+    reason = error if isinstance(error, OSError) else error.__context__
+    return reason if isinstance(reason, OSError) else None
 
 
 def write_text(path: Path, text: str) -> None:

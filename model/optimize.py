@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from model.evaluate import loss_of
 from model.fast import Model
 from model.memory import parts_of
 from model.micro import MicroBatch, next_smaller, split
-from model.parallel import like, replicate, shard, synchronising, whole, whole_norm
+from model.parallel import like, replicate, shard, synchronising, whole_norm
 from model.precision import make_scaler
 from model.ranks import Ranks
 from model.recompute import recompute
@@ -109,11 +110,11 @@ class Learner:
     def __post_init__(self) -> None:
         t, device = self.config.train, self.model.lm_head.weight.device
         recompute(self.model, t.recompute)
-        if sharded := parts_of(self.config, self.ranks) > 1:
+        if self.sharded:
             shard(self.model)
         self.optimizer = make_optimizer(self.model, self.config)
         self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
-        if self.ranks.count > 1 and not sharded:
+        if self.ranks.count > 1 and not self.sharded:
             self.forward = replicate(self.forward, device)
         self.scaler = make_scaler(t.dtype, device)
         self.held_back = torch.zeros((), device=device)
@@ -134,18 +135,67 @@ class Learner:
         return Outcome(step, loss, norm, lr, norms)
 
     @property
+    def sharded(self) -> bool:
+        """Whether this rank holds a part of every tensor alone."""
+        return parts_of(self.config, self.ranks) > 1
+
+    @property
     def may_overflow(self) -> bool:
         """Whether a gradient norm that is not finite is no failure: the scaler leaves the step out and scales less."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
 
     def pack(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"average": self.average}
-        return whole(state) | {"micro": self.micro}
+        numbers = {"scaler": self.scaler.state_dict(), "micro": self.micro}
+        if self.sharded:
+            return numbers | {"parts": self.tensors()}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average}
+        return numbers | state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, by its name in a checkpoint in parts; one of many names once."""
+        # Not named_parameters: after an evaluation FSDP still has those around the blocks whole; state_dict takes them back.
+        weights = self.model.state_dict()
+        if self.config.model.tie:
+            del weights["lm_head.weight"]
+        found = {f"model.{name}": x for name, x in weights.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{key}": x for key, x in state.items()}
+        return found | {f"average.{i}": x for i, x in enumerate(self.average)}
 
     def restore(self, payload: dict[str, Any]) -> None:
         """Go on from what pack kept."""
+        if "parts" in payload:
+            self.restore_parts(payload["parts"])
+        else:
+            self.restore_whole(payload)
+        if payload["scaler"]:  # none of a run that has not been in fp16 so far
+            self.scaler.load_state_dict(payload["scaler"])
+        if self.config.train.micro_batch == "auto":
+            self.micro = payload["micro"]  # as it began, to be the same run
+
+    def restore_parts(self, folder: Path) -> None:
+        """Read what this rank holds of the tensors in a folder."""
+        from model.parts import index_of, read_parts  # not at the top: seconds of imports
+
+        stored = index_of(folder)
+        if any(name.startswith("optimizer.") for name in stored):
+            self.start_optimizer()
+        read_parts(folder, {name: x for name, x in self.tensors().items() if name in stored or name[:7] != "average"})
+        if self.average and "average.0" not in stored:
+            copy(self.average, [p.detach() for p in self.model.parameters()])
+
+    def start_optimizer(self) -> None:
+        """Have the optimizer make its state, which it does in its first step: in one that is held back."""
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        self.optimizer.found_inf = torch.ones_like(self.held_back)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def restore_whole(self, payload: dict[str, Any]) -> None:
+        """Take this rank's part, or all, of tensors that are whole."""
         own = self.model.state_dict()
         self.model.load_state_dict({name: like(own.get(name, x), x) for name, x in payload["model"].items()})
         optimizer = payload["optimizer"]
@@ -155,15 +205,11 @@ class Learner:
         # Its own settings are of the configuration that made the checkpoint: betas and weight decay may have changed.
         optimizer["param_groups"] = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(optimizer)
-        if payload["scaler"]:  # none of a run that has not been in fp16 so far
-            self.scaler.load_state_dict(payload["scaler"])
         if self.average:  # which begins at the weights where the run had none so far
             copy(
                 self.average,
                 map(like, self.average, payload["average"] or [p.detach() for p in self.model.parameters()]),
             )
-        if self.config.train.micro_batch == "auto":
-            self.micro = payload["micro"]  # as it began, to be the same run
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

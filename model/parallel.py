@@ -52,15 +52,6 @@ def is_part(value: Any) -> bool:
     return hasattr(value, "full_tensor")
 
 
-def whole(value: Any) -> Any:
-    """A state with the parts that all ranks hold of its tensors put together, on the CPU; every rank must ask for it."""
-    if is_part(value):
-        return value.full_tensor().cpu()
-    if isinstance(value, dict):
-        return {name: whole(part) for name, part in value.items()}
-    return [whole(part) for part in value] if isinstance(value, list) else value
-
-
 def like(x: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor as x is: cut into parts where x is one."""
     if not is_part(x):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import report
-from model.checkpoint import BEST, LAST, load, pack, save_atomically
+from model import checkpoint, report
+from model.checkpoint import BEST, LAST, load, pack
 from model.config import Config, build, flatten, override, parse_override, read_preset, to_toml
 from model.data import random_batch
 from model.evaluate import evaluate, sample_text
@@ -39,9 +39,8 @@ FIXED = ("model.", "lora.", "train.init", "train.val_fraction", "train.out", "tr
 def save(state: State, name: str) -> None:
     """Write a checkpoint of this moment."""
     progress = {"step": state.step, "best_step": state.best_step, "best_val_loss": state.best_val_loss}
-    payload = pack(state.config, state.dataset, state.learner, progress)  # by every rank: each may hold a part
-    if state.ranks.first:
-        save_atomically(payload, state.folder / name)
+    payload = pack(state.config, state.dataset, state.learner, progress)
+    checkpoint.save(payload, state.folder / name, state.ranks)
 
 
 def step_batch(state: State, step: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
     folder = user_path(folder)
     if folder.is_file():
         raise ValueError(f"RUN must be a run folder to go on with, got the file {folder}: give {folder.parent}")
-    payload = load(folder, LAST)
+    payload = load(folder, LAST, tensors=())  # each rank reads its part
     settings = payload["config"]
     check_unedited(folder, settings)
     for name, value in map(parse_override, overrides):

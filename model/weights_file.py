@@ -57,6 +57,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}: save model.state_dict()")
+    if isinstance(content.get("parts"), str):
+        from model.checkpoint import load  # which reads files with this module
+
+        content = load(path, tensors=("model",))
     settings = settings_of(content)
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):

@@ -6,22 +6,25 @@ Run as `python tests/ranks_driver.py FOLDER`; tests/test_ranks.py reads what com
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard  # noqa: F401  imported once, before the fork
+import torch.distributed.checkpoint  # imported once, before the fork, as what follows
+from torch.distributed.fsdp import fully_shard  # noqa: F401
 from training_case import KINDS, RUN, chosen, gradients, small_settings, some_batch
 
 from model import evaluate as evaluation
 from model import optimize, ranks
 from model.checkpoint import build_model
 from model.data import all_windows, load_dataset
-from model.parallel import whole
 from model.train import resume, train
 
+# A run that can stop anywhere: its learning rates do not look at the number of steps.
+HALF = [*RUN, "steps=6", "schedule=wsd", "decay=0.01"]
 # What FSDP2 calls, under its newer name and its older one.
 REDUCE = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
@@ -49,7 +52,10 @@ def step_gradients(settings, joined):
         setattr(dist, REDUCE, counted)
         x, y = some_batch(11, ignored=True)
         mine = slice(4 * joined.rank, 4 * joined.rank + 4)
-        found[kind] = {name: whole(x.detach()) for name, x in gradients(learner, x[mine], y[mine], 2).items()}
+        found[kind] = {
+            name: getattr(x, "full_tensor", x.clone)().detach()
+            for name, x in gradients(learner, x[mine], y[mine], 2).items()
+        }
         found[kind]["exchanges"] = len(exchanges)
     setattr(dist, REDUCE, real)
     return found
@@ -81,7 +87,7 @@ def evaluations(settings, joined):
 
 def work(folder):
     """Everything that one rank does."""
-    faulthandler.dump_traceback_later(300, exit=True)  # ranks that wait for each other say where
+    faulthandler.dump_traceback_later(900, exit=True)  # ranks that wait for each other say where
     torch.set_num_threads(1)
     settings = small_settings(folder)
     joined = ranks.join(torch.device("cpu"))
@@ -90,25 +96,29 @@ def work(folder):
     found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
     for kind in KINDS:
         train(chosen(settings, *RUN, f"parallel={kind}", f"name={kind}"), quiet=True)
-    train(chosen(settings, *RUN, "steps=6", "parallel=fsdp", "name=parted", "schedule=wsd", "decay=0.01"), quiet=True)
-    train(chosen(settings, *RUN, "steps=6", "parallel=ddp", "name=entire", "schedule=wsd", "decay=0.01"), quiet=True)
-    # Kept by one kind, gone on with by the other.
+    # Kept by one kind, gone on with by the other, by the same, and in the tests by one process.
+    for name in ("parted", "single", "halved"):
+        train(chosen(settings, *HALF, "parallel=fsdp", f"name={name}"), quiet=True)
+    train(chosen(settings, *HALF, "name=entire"), quiet=True)
+    train(chosen(settings, *HALF, "steps=12", "parallel=fsdp", "name=straight"), quiet=True)
     resume(folder / "parted", ["steps=12", "parallel=ddp"], quiet=True)
+    resume(folder / "halved", ["steps=12"], quiet=True)
     if joined.first:
         torch.save(found, folder / "found.pt")
 
 
-def main(folder):
+def fork_ranks(count, work):
+    """Exit codes of so many ranks that call work(rank); the first one that dies of a signal takes the others with it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = []
-    for rank in range(2):
+    for rank in range(count):
         if not (child := os.fork()):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             try:
-                work(folder)
+                work(rank)
             except BaseException:
                 import traceback
 
@@ -116,7 +126,18 @@ def main(folder):
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = {}
+    while len(codes) < count:
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] == -signal.SIGKILL:
+            for other in set(children) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
+def main(folder):
+    codes = fork_ranks(2, lambda rank: work(folder))
     print(json.dumps(codes))
     return max(map(abs, codes))
 

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_case import KINDS, RUN, chosen, driver_environment, gradients, same_weights, small_settings, some_batch
+from training_case import (
+    KINDS,
+    RUN,
+    assert_same_run,
+    chosen,
+    driver_environment,
+    gradients,
+    same_weights,
+    small_settings,
+    some_batch,
+)
 
 from model import evaluate as evaluation
 from model.checkpoint import BEST, LAST, build_model, load, load_model
@@ -106,14 +116,20 @@ def test_a_run_of_two_ranks_is_the_run_of_one(both, alone, kind):
 
 
 def test_checkpoints_go_from_ranks_to_ranks(both, tmp_path):
-    """Made by two ranks that hold parts, gone on with by two that hold all (in the driver), and by one here."""
+    """Made by two ranks that hold parts, gone on with by two that hold all or parts (in the driver), and by one here."""
     folder, _ = both
-    one = resume(folder / "entire", ["steps=12"], quiet=True)
+    ones = [resume(folder / name, ["steps=12"], quiet=True) for name in ("entire", "single")]
     two = json.loads((folder / "parted" / "result.json").read_text())
-    assert one["step"] == two["step"] == 12 and one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-5)
-    models = [load_model(folder / name, LAST)[0] for name in ("entire", "parted")]
-    assert all((a - b).abs().max() < 1e-4 for a, b in zip(*(m.parameters() for m in models), strict=True))
+    assert two["step"] == 12 and [one["val_loss"] for one in ones] == pytest.approx([two["val_loss"]] * 2, rel=1e-5)
+    models = [load_model(folder / name, LAST)[0] for name in ("straight", "entire", "single", "parted")]
+    for other in models[1:]:
+        pairs = zip(models[0].parameters(), other.parameters(), strict=True)
+        assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
     assert not same_weights(load_model(folder / "ddp", LAST)[0], models[0])  # another schedule
+    assert_same_run(folder / "halved", folder / "straight")
+    # One form of a checkpoint for each case: of those gone on with by ranks that hold all, no part is left.
+    parts = {name: sorted(path.name for path in (folder / name).glob("*.[01]")) for name in ("single", "parted")}
+    assert parts == {"single": [], "parted": []}
 
 
 def test_a_killed_rank_ends_all_of_them_and_the_run_goes_on(tmp_path):
