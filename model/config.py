@@ -112,6 +112,9 @@ class TrainConfig:
     parallel: str = key(
         "ddp", "how several ranks share the model: each holds all of it, or a part of every tensor", ("ddp", "fsdp")
     )
+    offload: bool = key(
+        False, "parallel=fsdp keeps weights and AdamW's state in the host's memory and updates them there"
+    )
     threads: int = key(0, "CPU threads; 0 leaves torch's choice")
     out: str = key("runs", "folder that holds the run folders")
     name: str = key("", "name of the run folder; empty makes one from the preset and the time")
@@ -175,6 +178,10 @@ class Config:
         require(
             t.parallel == "ddp" or not (t.compile or t.dtype == "fp16"),
             "parallel=fsdp is for compile=off and dtype=bf16 or fp32: change one of them, or take parallel=ddp",
+        )
+        require(
+            t.parallel == "fsdp" or not t.offload,
+            "offload=on is for parallel=fsdp, on several ranks: take that, or recompute=full for less memory",
         )
         tokens, context, micro = self.train.batch_tokens, self.model.context, self.train.micro_batch
         require(

@@ -68,11 +68,25 @@ def parts_of(config: Config, ranks: Ranks) -> int:
     return ranks.count if config.train.parallel == "fsdp" else 1
 
 
-def state_bytes(config: Config, parameters: int, trained: int, parts: int = 1) -> int:
-    """Weights, and of those that are trained gradients, the optimizer's means and the moving average; on one of so many
-    ranks with a part of all that."""
+def state_bytes(config: Config, parameters: int, trained: int, ranks: Ranks, micro: int) -> tuple[int, int]:
+    """(on a rank's device, in the host's memory with offload=on): weights, gradients, the optimizer's means, the average."""
+    parts = parts_of(config, ranks)
     average = WEIGHT_BYTES * parameters if config.train.ema else 0
-    return (WEIGHT_BYTES * parameters + TRAINED_BYTES * trained + average) // parts
+    own = (WEIGHT_BYTES * parameters + TRAINED_BYTES * trained + average) // parts
+    accumulates = micro < config.sequences // ranks.count
+    gathered = gathered_bytes(config, parameters, trained, accumulates) if parts > 1 else 0
+    return (gathered, own) if config.train.offload else (own + gathered, 0)
+
+
+def gathered_bytes(config: Config, parameters: int, trained: int, accumulates: bool) -> int:
+    """Whole tensors that a rank with parts holds in a step: weights of two blocks at a time and those around the blocks.
+
+    Gradients are whole until they are exchanged: all of them where a step has several micro batches.
+    """
+    m = config.model
+    block = 12 * m.n_embd**2 + (13 if m.bias else 2) * m.n_embd  # projections of attention and MLP, two norms
+    weights = parameters - max(m.n_layer - 2, 0) * block
+    return WEIGHT_BYTES * (weights + (trained if accumulates else min(weights, trained)))
 
 
 def largest_micro(config: Config, sequences: int, room: int, backends: Backends) -> int:

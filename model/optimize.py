@@ -111,7 +111,7 @@ class Learner:
         t, device = self.config.train, self.model.lm_head.weight.device
         recompute(self.model, t.recompute)
         if self.sharded:
-            shard(self.model)
+            shard(self.model, t.offload)
         self.optimizer = make_optimizer(self.model, self.config)
         self.forward = torch.compile(self.model, fullgraph=True) if t.compile else self.model
         if self.ranks.count > 1 and not self.sharded:
@@ -128,7 +128,7 @@ class Learner:
         loss = self.gradients(step, x, y)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = whole_norm(gradients)
+        norm = whole_norm(gradients).to(loss.device)
         norms = layer_norms(self.model) if detailed else {}
         self.update(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,6 +138,11 @@ class Learner:
     def sharded(self) -> bool:
         """Whether this rank holds a part of every tensor alone."""
         return parts_of(self.config, self.ranks) > 1
+
+    @property
+    def home(self) -> torch.device:
+        """Where the weights are between their uses, and the optimizer works."""
+        return self.optimizer.param_groups[0]["params"][0].device
 
     @property
     def may_overflow(self) -> bool:
@@ -189,7 +194,7 @@ class Learner:
         """Have the optimizer make its state, which it does in its first step: in one that is held back."""
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
-        self.optimizer.found_inf = torch.ones_like(self.held_back)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = torch.ones((), device=self.home)  # type: ignore[attr-defined]
         self.optimizer.step()
         del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
@@ -283,8 +288,9 @@ class Learner:
         self.held_back = torch.maximum(self.held_back, failed.float())
         overflow = (~norm.isfinite()).float()
         # What torch's fused optimizers read, GradScaler's way to hand them the same two things.
-        optimizer.found_inf = torch.maximum(self.held_back, overflow)  # type: ignore[attr-defined]
-        optimizer.grad_scale = (norm / clip).clamp(min=1.0) if clip else None  # type: ignore[attr-defined]
+        scale = (norm / clip).clamp(min=1.0).to(self.home) if clip else None
+        optimizer.found_inf = torch.maximum(self.held_back, overflow).to(self.home)  # type: ignore[attr-defined]
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
         if self.average:
             torch._foreach_lerp_(

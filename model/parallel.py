@@ -17,17 +17,24 @@ from torch import Tensor
 from model.fast import FastGPT, Model
 
 
-def shard(model: Model) -> None:
-    """FSDP2: the parameters become parts; a block's are gathered for its forward and backward alone."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def shard(model: Model, offload: bool = False) -> None:
+    """FSDP2: the parameters become parts; a block's are gathered for its forward and backward alone.
 
+    offload keeps the parts, their gradients and so the optimizer and its state in the host's memory, and copies a block's
+    to the device for each use. For ranks on a CPU that is where they are anyway: the same numbers, nothing saved.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+    # Only pinned memory is copied while a GPU computes.
+    pinned = model.lm_head.weight.device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for layer, block in enumerate(model.transformer.h):
-        fully_shard(block)
+        fully_shard(block, offload_policy=policy)
         if isinstance(model, FastGPT):
             # The fast model's blocks are no modules: the module of the same parameters gathers them around the call.
             vars(block)["fast"] = partial(model.block, layer)
             register_fsdp_forward_method(block, "fast")
-    fully_shard(model)
+    fully_shard(model, offload_policy=policy)
     if isinstance(model, FastGPT):
         model.block = lambda layer, *args: model.transformer.h[layer].fast(*args)  # type: ignore[method-assign]
 

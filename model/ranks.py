@@ -72,7 +72,8 @@ def join(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # gloo beside nccl: for what is in the host's memory, as offload=on has it.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

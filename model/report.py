@@ -16,7 +16,7 @@ from gptkernels.backend import cpu_library
 from model.config import Config
 from model.data import Dataset
 from model.fast import Model
-from model.memory import activation_bytes, parts_of, state_bytes
+from model.memory import activation_bytes, state_bytes
 from model.ranks import Ranks
 from model.throughput import flops_a_token, peak_flops
 
@@ -135,7 +135,7 @@ def start_card(
     """What is about to be trained, on what and with what."""
     m, t = config.model, config.train
     parameters, trained, threads = count_parameters(model), count_trained(model), torch.get_num_threads()
-    state = state_bytes(config, parameters, trained, parts_of(config, ranks))
+    state, host = state_bytes(config, parameters, trained, ranks, micro)
     activations = activation_bytes(config, micro, backends)
     tokens = f"{config.sequences} x {m.context} = {config.sequences * m.context:,} tokens"
     if (splits := config.sequences // ranks.count // micro) > 1:
@@ -152,7 +152,7 @@ def start_card(
         (
             "memory",
             f"about {size(state + activations)}: weights, gradients, AdamW {size(state)}, kept activations "
-            f"{size(activations)} (beside Python and torch)",
+            f"{size(activations)} (beside Python and torch)" + f"; of the host's {size(host)}" * (host > 0),
         ),
         ("device", processor + roof + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
         ("backends", describe_backends(backends)),

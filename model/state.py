@@ -20,7 +20,7 @@ from model.fast import FastGPT, Model
 from model.files import user_path
 from model.guard import Spikes
 from model.initial import initial
-from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, parts_of, state_bytes
+from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
 from model.ranks import Ranks, join, local_rank, local_share
@@ -126,7 +126,12 @@ def backends_of(model: Model, config: Config) -> dict[str, str]:
 
 
 def check_shares(config: Config, ranks: Ranks) -> None:
-    """Raise unless a step's sequences fall evenly on the ranks, and a rank's on its micro batches."""
+    """Raise unless a step's sequences fall evenly on the ranks, and a rank's on its micro batches; or for offload alone."""
+    if config.train.offload and ranks.count == 1:
+        raise ValueError(
+            "offload=on is FSDP's and must have several ranks, got one: start it by torchrun, or give offload=off "
+            "(recompute=full saves memory as well)"
+        )
     sequences, micro = config.sequences, config.train.micro_batch
     unit = ranks.count * (1 if micro == "auto" else int(micro))
     if sequences % unit:
@@ -145,7 +150,7 @@ def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device
         return config.sequences // ranks.count
     parameters, trained = report.count_parameters(model), report.count_trained(model)
     # All weights are there already, also of a model that is about to be spread.
-    state = state_bytes(config, parameters, trained, parts_of(config, ranks))
+    state, _ = state_bytes(config, parameters, trained, ranks, 1)
     room = torch.cuda.mem_get_info(device)[0] - state + WEIGHT_BYTES * parameters
     return largest_micro(config, config.sequences // ranks.count, room, backends)
 
@@ -174,7 +179,6 @@ def run_folder(config: Config, label: str) -> Path:
 def estimated_bytes(state: State) -> int:
     """The memory of a step as it was expected."""
     kept = activation_bytes(state.config, state.learner.micro, state.backends)
-    parts = parts_of(state.config, state.ranks)
-    return kept + state_bytes(
-        state.config, report.count_parameters(state.model), report.count_trained(state.model), parts
-    )
+    parameters, trained = report.count_parameters(state.model), report.count_trained(state.model)
+    held, host = state_bytes(state.config, parameters, trained, state.ranks, state.learner.micro)
+    return kept + held + (host if state.device.type == "cpu" else 0)

@@ -96,6 +96,7 @@ def work(folder):
     found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
     for kind in KINDS:
         train(chosen(settings, *RUN, f"parallel={kind}", f"name={kind}"), quiet=True)
+    train(chosen(settings, *RUN, "parallel=fsdp", "offload=on", "name=offloaded"), quiet=True)
     # Kept by one kind, gone on with by the other, by the same, and in the tests by one process.
     for name in ("parted", "single", "halved"):
         train(chosen(settings, *HALF, "parallel=fsdp", f"name={name}"), quiet=True)

@@ -11,6 +11,7 @@ from model.config import resolve
 from model.evaluate import loss_of
 from model.memory import activation_bytes
 from model.optimize import Learner
+from model.ranks import Ranks
 from model.recompute import recompute
 from model.train import train
 
@@ -135,6 +136,23 @@ def test_the_estimate_of_what_recompute_leaves():
     sizes = [activation_bytes(resolve("shakespeare", [f"recompute={mode}", "vocab_size=65"])[0], 64, {"linear": "cpu"})
              for mode in ("none", "selective", "full")]  # fmt: skip
     assert sizes[0] > 1.2 * sizes[1] > 1.5 * sizes[2]
+
+
+@pytest.mark.parametrize("bias", ["on", "off"])
+def test_the_estimate_of_weights_on_ranks(bias):
+    """A rank with parts holds two blocks and what is around them whole, and gradients until they are exchanged."""
+    shape = [f"bias={bias}", "vocab_size=65", "batch=8", "ema=0.9"]
+    config, _ = resolve("shakespeare-cpu", [*shape, "parallel=fsdp"])
+    model = build_model(config)
+    total, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.transformer.h[0]))
+    weights = total - 2 * block
+    assert memory.state_bytes(config, total, total, Ranks(), 8) == (20 * total, 0)
+    assert memory.state_bytes(config, total, total, Ranks(0, 4), 2) == (5 * total + 8 * weights, 0)
+    assert memory.state_bytes(config, total, total, Ranks(0, 4), 1) == (5 * total + 4 * weights + 4 * total, 0)
+    config, _ = resolve("shakespeare-cpu", [*shape, "parallel=fsdp", "offload=on"])
+    assert memory.state_bytes(config, total, total, Ranks(0, 4), 2) == (8 * weights, 5 * total)
+    config, _ = resolve("shakespeare-cpu", shape)
+    assert memory.state_bytes(config, total, total, Ranks(0, 4), 2) == (20 * total, 0)
 
 
 def test_the_first_micro_batch_is_what_should_fit():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from training_case import (
     KINDS,
     RUN,
@@ -113,6 +114,32 @@ def test_a_run_of_two_ranks_is_the_run_of_one(both, alone, kind):
             assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
         assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     assert (folder / kind / "samples.txt").read_text().count("--- step") == 2
+
+
+def test_offloading_changes_no_bit(both):
+    """On a CPU all is in the host's memory anyway; the way there and back is torch's for every device."""
+    assert_same_run(both[0] / "offloaded", both[0] / "fsdp", but=("train.name", "train.offload", "train.parallel"))
+
+
+def test_an_offloaded_optimizer_is_told_on_the_host(monkeypatch):
+    """Loss and norm are on a GPU, the weights are not: with tensors that have a device and no numbers."""
+    config, seen = resolve("tiny", ["n_embd=16", "vocab_size=11"])[0], []
+    with FakeTensorMode():
+        learner = Learner(config, build_model(config), 8)
+        learner.held_back = torch.zeros((), device="cuda")
+        told = learner.optimizer
+        monkeypatch.setattr(told, "step", lambda: seen.extend((told.found_inf.device, told.grad_scale.device)))
+        learner.update(torch.ones((), device="cuda"), torch.ones((), device="cuda"))
+    assert seen == [torch.device("cpu")] * 2
+
+
+def test_offload_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="offload=on is for parallel=fsdp, on several ranks: take that, or recompute"):
+        resolve("tiny", ["offload=on"])
+    config = resolve("tiny", ["offload=on", "parallel=fsdp"])[0]
+    with pytest.raises(ValueError, match="must have several ranks, got one: start it by torchrun, or give offload=off"):
+        check_shares(config, Ranks())
+    check_shares(config, Ranks(0, 2))
 
 
 def test_checkpoints_go_from_ranks_to_ranks(both, tmp_path):
