@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from model.evaluate import loss_of
 from model.fast import Model
 from model.memory import parts_of
 from model.micro import MicroBatch, next_smaller, split
-from model.parallel import like, replicate, shard, synchronising, whole_norm
+from model.parallel import like, replicate, shard, stand_in, synchronising, whole_norm
 from model.precision import make_scaler
 from model.ranks import Ranks
 from model.recompute import recompute
 from model.reference import IGNORE_INDEX, Seed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Outcome:
     norm: Tensor
     lr: float
     norms: dict[str, Tensor]  # of the gradient of each layer, where they were asked for
+
+
+class FullTogether(torch.OutOfMemoryError):
+    """The memory of one rank or more has run out, and every rank knows of it."""
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -104,6 +110,7 @@ class Learner:
     optimizer: torch.optim.Optimizer = field(init=False)
     forward: Callable[..., Any] = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    tried: int = field(default=0, init=False)  # the micro batch that all ranks have had room for
     held_back: Tensor = field(init=False)  # 1.0 from the first step on that was not finite
     average: list[Tensor] = field(init=False)  # of each parameter; empty without ema
 
@@ -233,14 +240,19 @@ class Learner:
     def gradients(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         """Give the parameters the gradient of the step's loss; returns the loss.
 
-        With micro_batch=auto, what does not fit is tried again in smaller parts: the step is not lost.
+        With micro_batch=auto, what does not fit, on any rank, is tried again in smaller parts: the step is not lost.
         """
         weight = self.weight(y)
         while True:
             try:
                 batches = split(x, y, self.micro, self.held_back.device, self.ranks.rank * len(x))
+                if self.agreeing and self.tried != self.micro:
+                    self.try_out(step, batches)
                 return self.accumulate(step, batches, weight)
             except torch.OutOfMemoryError as error:
+                # In the middle of an exchange a rank cannot go back: others wait there for it.
+                if self.ranks.count > 1 and not isinstance(error, FullTogether):
+                    raise self.too_large(str(error)) from error
                 reason = str(error)
             # Outside of the except block, whose traceback would hold what the forward had kept.
             self.optimizer.zero_grad(set_to_none=True)
@@ -249,16 +261,55 @@ class Learner:
     def shrink(self, sequences: int, reason: str) -> None:
         """Take smaller micro batches from here on; RuntimeError where there are none, or the setting is a number."""
         smaller = next_smaller(sequences, self.micro)
-        # Ranks would not know of each other's failure in the middle of a step.
-        if self.config.train.micro_batch != "auto" or not smaller or self.ranks.count > 1:
-            raise RuntimeError(
-                f"micro_batch={self.micro} does not fit into memory ({reason.splitlines()[0]}): set a smaller one (on "
-                "one device auto finds it), recompute=full, or dtype=bf16"
-            )
+        if self.config.train.micro_batch != "auto" or not smaller:
+            raise self.too_large(reason)
         self.notes.append(f"micro batches of {self.micro} do not fit into memory: going on with {smaller}")
         self.micro = smaller
         if self.held_back.device.type == "cuda":
             torch.cuda.empty_cache()  # what is left is in pieces of the wrong size
+
+    def too_large(self, reason: str) -> RuntimeError:
+        """The error of a micro batch that does not fit and cannot be made smaller here."""
+        return RuntimeError(
+            f"micro_batch={self.micro} does not fit into memory ({reason.splitlines()[0]}): set a smaller one or auto, "
+            "recompute=full, or dtype=bf16"
+        )
+
+    @property
+    def agreeing(self) -> bool:
+        """Whether several ranks have to find one size of micro batches."""
+        return self.ranks.count > 1 and self.config.train.micro_batch == "auto"
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What work without exchanges gives; FullTogether, on every rank, where memory runs out on any."""
+        reason = ""
+        try:
+            result = work()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # The host's own exchange: it waits for no GPU.
+        if self.ranks.any(bool(reason), torch.device("cpu")):
+            raise FullTogether(reason or "on another rank")
+        return result
+
+    def try_out(self, step: int, batches: Sequence[MicroBatch]) -> None:
+        """Make a micro batch of this size without an exchange, beside all that a step keeps, and forget it.
+
+        FSDP's forward has exchanges in it, so that another model of the same size does it there.
+        """
+
+        def once() -> None:
+            if not self.optimizer.state:
+                self.start_optimizer()
+            model = self.forward
+            if self.sharded:
+                model = stand_in(self.model, self.config, self.held_back.device, len(batches) > 1)
+            with synchronising(model, last=False):
+                self.scaler.scale(self.loss(model, step, batches[0], None)).backward()
+
+        self.together(once)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tried = self.micro
 
     def weight(self, y: Tensor) -> Tensor | None:
         """What makes the mean of the ranks' losses the mean over the targets of all; None for one rank."""
@@ -270,15 +321,29 @@ class Learner:
     def accumulate(self, step: int, batches: Sequence[MicroBatch], weight: Tensor | None) -> Tensor:
         """Add the gradients of micro batches to the parameters; returns the loss of the whole step."""
         losses = []
-        for i, batch in enumerate(batches):
-            with synchronising(self.forward, last=i == len(batches) - 1):
-                seed = dropout_seed(self.config, step, batch.first, batch.x.device)
-                loss = loss_of(self.forward, self.config, batch.x, batch.y, seed)
-                loss = loss if batch.share == 1.0 else loss * batch.share
-                loss = loss if weight is None else loss * weight
-                self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+
+        def before_the_exchange() -> Tensor:
+            for batch in batches[:-1]:
+                with synchronising(self.forward, last=False):
+                    loss = self.loss(self.forward, step, batch, weight)
+                    self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            with synchronising(self.forward, last=True):
+                return self.loss(self.forward, step, batches[-1], weight)
+
+        # FSDP exchanges all along.
+        together = self.agreeing and not self.sharded
+        loss = self.together(before_the_exchange) if together else before_the_exchange()
+        self.scaler.scale(loss).backward()
+        losses.append(loss.detach())
         return self.ranks.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+
+    def loss(self, model: Callable[..., Any], step: int, batch: MicroBatch, weight: Tensor | None) -> Tensor:
+        """A micro batch's part of the step's loss."""
+        seed = dropout_seed(self.config, step, batch.first, batch.x.device)
+        loss = loss_of(model, self.config, batch.x, batch.y, seed)
+        loss = loss if batch.share == 1.0 else loss * batch.share
+        return loss if weight is None else loss * weight
 
     def update(self, loss: Tensor, norm: Tensor) -> None:
         """Let the optimizer step, on the gradients clipped to the norm, unless something is not finite."""

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import Config
 from model.fast import FastGPT, Model
+from model.lora import add_lora
+from model.memory import WEIGHT_BYTES, gathered_bytes
+from model.recompute import recompute
+from model.reference import GPT
 
 
 def shard(model: Model, offload: bool = False) -> None:
@@ -39,10 +44,37 @@ def shard(model: Model, offload: bool = False) -> None:
         model.block = lambda layer, *args: model.transformer.h[layer].fast(*args)  # type: ignore[method-assign]
 
 
+def stand_in(model: Model, config: Config, device: torch.device, accumulates: bool) -> Model:
+    """What takes the memory of a sharded model's forward and backward, and no other rank: all of its blocks are one."""
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.device("meta"):
+        other = FastGPT(model.config, backend=model.backend) if isinstance(model, FastGPT) else GPT(model.config)
+    if config.lora.rank:
+        add_lora(other, config.lora)
+    recompute(other, config.train.recompute)
+    blocks = other.transformer.h
+    for layer in range(1, len(blocks)):
+        blocks[layer] = blocks[0]
+    other.to_empty(device=device)
+    if model.config.tie:
+        other.lm_head.weight = other.transformer.wte.weight
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    own = 2 * WEIGHT_BYTES * sum(p.numel() for p in other.parameters())  # and their gradients
+    rest = max(gathered_bytes(config, count, trained, accumulates) - own, 0)
+    other.register_buffer("rest", torch.empty(rest, dtype=torch.uint8, device=device), persistent=False)
+    return other
+
+
 def replicate(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """DDP around a model or its compiled form."""
     ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
+    # Buffers are constants, and a forward without exchanges can fail on one rank alone.
+    return torch.nn.parallel.DistributedDataParallel(
+        forward, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 def synchronising(forward: Callable[..., Any], last: bool) -> AbstractContextManager[Any]:

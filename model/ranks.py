@@ -37,6 +37,13 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def least(self, number: int) -> int:
+        """The smallest of a number that each rank has, which the host knows."""
+        least = torch.tensor(number)
+        if self.count > 1:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least)
+
     def said_by_first(self, word: str) -> str:
         """What the first rank says, on every rank."""
         words = [word]

@@ -152,7 +152,7 @@ def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device
     # All weights are there already, also of a model that is about to be spread.
     state, _ = state_bytes(config, parameters, trained, ranks, 1)
     room = torch.cuda.mem_get_info(device)[0] - state + WEIGHT_BYTES * parameters
-    return largest_micro(config, config.sequences // ranks.count, room, backends)
+    return ranks.least(largest_micro(config, config.sequences // ranks.count, room, backends))
 
 
 def run_folder(config: Config, label: str) -> Path:

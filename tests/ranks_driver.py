@@ -85,6 +85,25 @@ def evaluations(settings, joined):
     return loss, len(calls)
 
 
+def short_of_memory(settings, joined, from_call, *more):
+    """Sizes of the forwards of both ranks in a run where the second one cannot hold three sequences after some calls."""
+    real, calls = optimize.loss_of, []
+
+    def tight(model, config, x, y, seed=None):
+        calls.append(len(x))
+        loss = real(model, config, x, y, seed)
+        if joined.rank == 1 and len(x) > 2 and len(calls) > from_call:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more of a message")
+        return loss
+
+    optimize.loss_of = tight
+    train(chosen(settings, *more), quiet=True)
+    optimize.loss_of = real
+    both = [None, None]
+    dist.all_gather_object(both, calls)
+    return both
+
+
 def work(folder):
     """Everything that one rank does."""
     faulthandler.dump_traceback_later(900, exit=True)  # ranks that wait for each other say where
@@ -96,6 +115,10 @@ def work(folder):
     found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
     for kind in KINDS:
         train(chosen(settings, *RUN, f"parallel={kind}", f"name={kind}"), quiet=True)
+    for kind in KINDS:
+        train(chosen(settings, "micro_batch=2", f"parallel={kind}", f"name=two-{kind}"), quiet=True)
+        found[f"short-{kind}"] = short_of_memory(settings, joined, 0, f"parallel={kind}", f"name=short-{kind}")
+    found["short-later"] = short_of_memory(settings, joined, 4, "name=short-later")
     train(chosen(settings, *RUN, "parallel=fsdp", "offload=on", "name=offloaded"), quiet=True)
     # Kept by one kind, gone on with by the other, by the same, and in the tests by one process.
     for name in ("parted", "single", "halved"):

@@ -18,6 +18,7 @@ from training_case import (
     chosen,
     driver_environment,
     gradients,
+    same_values,
     same_weights,
     small_settings,
     some_batch,
@@ -114,6 +115,23 @@ def test_a_run_of_two_ranks_is_the_run_of_one(both, alone, kind):
             assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
         assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     assert (folder / kind / "samples.txt").read_text().count("--- step") == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_take_smaller_parts_together(both, kind):
+    """One of them runs out of memory with four sequences: both try two, and all steps are those of two from the start."""
+    folder, found = both
+    assert found[f"short-{kind}"] == [[4, 2] + [2, 2] * 12] * 2
+    short, two = (load(folder / f"{name}-{kind}") for name in ("short", "two"))
+    assert short["micro"] == 2 and all(same_values(short[name], two[name]) for name in ("model", "optimizer", "step"))
+
+
+def test_ranks_go_back_together_in_a_later_step(both):
+    """Until the exchange of gradients: the step that one could not make is made by both, and no step is lost."""
+    folder, found = both
+    assert found["short-later"] == [[4] * 5 + [2] + [2, 2] * 9] * 2
+    short, two = (load(folder / name)["model"] for name in ("short-later", "two-ddp"))
+    assert all((short[name] - x).abs().max() < 1e-4 for name, x in two.items())
 
 
 def test_offloading_changes_no_bit(both):
