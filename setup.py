@@ -8,6 +8,7 @@ optional: what fails to build is reported in gptkernels/_build.json, which `gptk
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,6 +30,9 @@ ISAS = {
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
 }
 CUDA = "gptkernels._cuda"
+# What compilers, linkers and the shell say of a failure, and how much of it is kept: the first few lines tell.
+ERRORS = re.compile(r"\berror: |undefined reference|cannot find|not found|No such file", re.IGNORECASE)
+ERROR_LINES = 4
 # The stable ABI of torch 2.10: one build runs on that and every later version.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = [
@@ -177,6 +182,34 @@ def report_extensions() -> list:
     ]
 
 
+@contextlib.contextmanager
+def copied_output(path: Path) -> Iterator[None]:
+    """Let what is printed inside go to a file as well. ninja and the compilers print it, on descriptors 1 and 2, and the
+    exception that follows does not say it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = {1: sys.stdout, 2: sys.stderr}
+    with subprocess.Popen(["tee", str(path)], stdin=subprocess.PIPE) as tee:
+        kept = {}
+        for descriptor, stream in streams.items():
+            stream.flush()
+            kept[descriptor] = os.dup(descriptor)
+            os.dup2(tee.stdin.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            for descriptor, stream in streams.items():
+                stream.flush()
+                os.dup2(kept[descriptor], descriptor)
+                os.close(kept[descriptor])
+
+
+def first_errors(path: Path) -> list[str]:
+    """The first lines of a build's output that tell of an error, else its last ones, without the paths of this folder."""
+    lines = [line.rstrip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if ERRORS.search(line)][:ERROR_LINES] or lines[-ERROR_LINES:]
+    return [line.replace(f"{ROOT.resolve()}{os.sep}", "") for line in errors]
+
+
 def build_command() -> type:
     """build_ext with a folder of objects for each library, going on after one that fails."""
     from torch.utils.cpp_extension import BuildExtension
@@ -185,11 +218,13 @@ def build_command() -> type:
         def build_extension(self, ext) -> None:
             # The libraries share their sources: in one folder each would overwrite the others' objects.
             folder, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+            messages = Path(self.build_temp).resolve() / "messages.txt"
             try:
-                super().build_extension(ext)
+                with copied_output(messages):
+                    super().build_extension(ext)
                 self.report[ext.name] = "built"
             except Exception as error:  # whatever a compiler run can raise; the text is kept and shown
-                self.give_up(ext.name, error)
+                self.give_up(ext.name, error, first_errors(messages))
             finally:
                 self.build_temp = folder
 
@@ -206,8 +241,8 @@ def build_command() -> type:
                 super().build_extensions()
             self.write_report(Path(self.build_lib))
 
-        def give_up(self, name: str, error: Exception) -> None:
-            self.report[name] = f"{type(error).__name__}: {error}"
+        def give_up(self, name: str, error: Exception, details: list[str] | None = None) -> None:
+            self.report[name] = "\n".join([f"{type(error).__name__}: {error}", *(details or [])])
             print(f"gptkernels: WARNING: {name} is not built: {self.report[name]}", file=sys.stderr)
 
         def write_report(self, folder: Path) -> None:

@@ -25,12 +25,16 @@ from model.report import processor_name
 BUILD_REPORT = Path(gptkernels.__file__).parent / "_build.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 64
+# The libraries beside those of cpu kernels, and what it means that a build did not try one.
+OTHERS = {
+    "_cuda": "not tried: it needs a CUDA build of torch, and nvcc",
+    "_simt": "not built",
+    "_simt_report": "not built: it needs pybind11",
+}
 OPERATORS: dict[str, Callable[[str, Tensor], str]] = {
     "causal_attention": choose,  # it looks at the width of a head too
     **dict.fromkeys(("layer_norm", "linear", "gelu_mlp", "linear_cross_entropy"), resolve),
 }
-# A compiler's message can fill pages; its beginning says which file and what.
-MESSAGE = 160
 
 
 def print_report() -> None:
@@ -97,23 +101,30 @@ def triton_version() -> str:
 
 
 def libraries() -> list[str]:
-    """The cpu library of each instruction set: built or why not, run by this CPU or not, loaded or not."""
+    """Every native library: built or why not; of those with cpu kernels, whether this CPU runs it and which is loaded."""
     report = read_build_report()
     loaded, explanation = cpu_library()
     rows = {}
     for isa in ISAS:
-        result = report.get(f"gptkernels._cpu_{isa}")
-        file = BUILD_REPORT.with_name(f"_cpu_{isa}.so")
-        if file.is_file() and result != "built":
-            result = f"of an earlier build (in the last one: {result or 'left out'})"
-        elif result == "built" and not file.is_file():
-            result = f"built, but {file.name} is no longer there"
         use = "loaded" if isa == loaded else "this CPU runs it" if isa in supported_isas() else "not for this CPU"
-        rows[isa] = f"{shorten(result or 'not built')}; {use}"
+        rows[isa] = f"{use}; {built(f'_cpu_{isa}', report, 'not built')}"
     rows["in use"] = explanation
     if forced := os.environ.get("GPTKERNELS_CPU_ISA"):
         rows["forced"] = f"GPTKERNELS_CPU_ISA={forced}"
-    return section("cpu libraries", rows)
+    for name, untried in OTHERS.items():
+        rows[name] = built(name, report, untried)
+    return section("native libraries", rows)
+
+
+def built(name: str, report: dict[str, str], untried: str) -> str:
+    """What the build of a library came to, with the compiler's messages below each other."""
+    result = report.get(f"gptkernels.{name}")
+    there = any(BUILD_REPORT.parent.glob(f"{name}.*so"))
+    if there and result != "built":
+        result = f"of an earlier build (in the last one: {result or 'left out'})"
+    elif result == "built" and not there:
+        result = f"built, but {name}.so is no longer there"
+    return ("\n" + " " * 17).join((result or untried).splitlines())
 
 
 def read_build_report() -> dict[str, str]:
@@ -122,12 +133,6 @@ def read_build_report() -> dict[str, str]:
         return dict(json.loads(BUILD_REPORT.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-def shorten(text: str) -> str:
-    """The beginning of a message, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= MESSAGE else line[: MESSAGE - 3] + "..."
 
 
 def operators() -> list[str]:
@@ -148,14 +153,14 @@ def explain(backend: str, samples: dict[torch.dtype, Tensor]) -> str:
     """Whether a backend works here, and for what it does not: the errors that asking for it would raise."""
     reason = available_backends()[backend]
     if reason is not None:
-        return f"no: {shorten(reason)}"
+        return f"no: {reason}"
     failures: dict[str, None] = {}  # in order, each once
     for choice in OPERATORS.values():
         for x in samples.values():
             result = outcome(partial(choice, backend, x))
             if result != backend:
                 failures[result] = None
-    return "; ".join(["works", *(f"but {shorten(failure)}" for failure in failures)])
+    return "; ".join(["works", *(f"but {failure}" for failure in failures)])
 
 
 def outcome(choice: Callable[[], str]) -> str:
