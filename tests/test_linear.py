@@ -137,10 +137,10 @@ def test_modes(backend):
 def test_results_take_turns_in_memory():
     """A round of results of several sizes, each freed before the next, asks the system for no memory after a while.
 
-    Four sizes together are more than any round holds at a time. Each page of fresh memory would be a fault.
+    The sizes are far apart, and all together more than is ever in use. Each page of fresh memory would be a fault.
     """
-    x = torch.randn(512, 64)
-    weights = [torch.randn(C_out, 64) for C_out in (40, 100, 250, 600)]
+    x = torch.randn(2048, 16)
+    weights = [torch.randn(C_out, 16) for C_out in (40, 300, 700, 1500, 6000)]
     faults = []
     for _ in range(30):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

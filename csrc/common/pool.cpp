@@ -1,5 +1,6 @@
 #include "common/pool.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <list>
@@ -13,8 +14,9 @@ namespace gptkernels {
 namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
-// Idle bytes that are never given back: a round of small operators of many shapes finds its blocks again.
-constexpr size_t KEPT = 32 << 20;
+// What may be idle beyond the most that was ever in use: a round of operators of many shapes, each freed before the next,
+// finds its blocks again.
+constexpr size_t SPARE = 32 << 20;
 
 struct Block {
     void* data;
@@ -25,7 +27,7 @@ struct Block {
 struct Pool {
     std::mutex mutex;
     std::list<Block> idle;                     // the longest unused first
-    size_t idle_bytes = 0;
+    size_t idle_bytes = 0, used_bytes = 0, most_used = 0;
     std::unordered_map<void*, size_t> in_use;  // sizes
     const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
 };
@@ -48,11 +50,12 @@ bool take_idle(Pool& p, size_t bytes, Block& found) {
     return false;
 }
 
-// Give as many idle bytes to the system as are about to be asked of it: work that has changed its shapes does not add
-// the new ones' memory to the old ones'.
+// Give idle memory to the system until what the pool holds, with the bytes that are about to be asked for, is no more
+// than what was once in use and a little: work that has changed its shapes does not add the new ones' memory to the old
+// ones', and work that repeats its shapes finds them.
 void release_idle(Pool& p, size_t bytes) {
-    for (size_t released = 0; released < bytes && p.idle_bytes > KEPT; p.idle.pop_front()) {
-        released += p.idle.front().bytes;
+    size_t limit = std::max(p.most_used, p.used_bytes + bytes) + SPARE;
+    for (; p.used_bytes + p.idle_bytes + bytes > limit && !p.idle.empty(); p.idle.pop_front()) {
         p.idle_bytes -= p.idle.front().bytes;
         std::free(p.idle.front().data);
     }
@@ -78,6 +81,8 @@ void* pool_take(size_t bytes) {
         block = allocate(bytes);
     }
     p.in_use[block.data] = block.bytes;
+    p.used_bytes += block.bytes;
+    p.most_used = std::max(p.most_used, p.used_bytes);
     if (p.poison) std::memset(block.data, 0xff, bytes);
     return block.data;
 }
@@ -88,6 +93,7 @@ void pool_give(void* data) {
     auto it = p.in_use.find(data);
     p.idle.push_back({data, it->second});
     p.idle_bytes += it->second;
+    p.used_bytes -= it->second;
     p.in_use.erase(it);
 }
 
