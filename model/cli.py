@@ -249,12 +249,8 @@ def hand_over(command: str, argv: list[str]) -> int:
         from gptkernels.tune import main as tune
 
         return tune(argv)
-    try:
-        from benchmarks.cli import main as bench
-    except ModuleNotFoundError as error:
-        if error.name not in ("benchmarks", "benchmarks.cli"):
-            raise
-        raise RuntimeError("bench lies in the source tree, not in an installed copy: run it from a checkout") from None
+    from benchmarks.cli import main as bench
+
     return bench(argv)
 
 
