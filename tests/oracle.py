@@ -156,8 +156,9 @@ LAYOUTS = ("transposed", "spaced", "misaligned", "expanded", "expanded everywher
 
 def laid_out(x, layout):
     """x in other memory: the same numbers, except that an expanded tensor repeats its first ones."""
-    if layout == "contiguous" or x.dim() == 0 or x.numel() == 0:
+    if layout == "contiguous" or x.dim() == 0:
         return x
+    first = x.detach() if x.numel() else x.detach().new_zeros([1] * x.dim())  # an empty tensor can be expanded too
     if layout == "transposed":  # the last dimension is not contiguous
         y = x.detach().mT.contiguous().mT if x.dim() > 1 else x.detach().repeat_interleave(2)[::2]
     elif layout == "spaced":  # each row is contiguous and lies among others
@@ -166,9 +167,9 @@ def laid_out(x, layout):
     elif layout == "misaligned":
         y = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype)[1:].view(x.shape).copy_(x.detach())
     elif layout == "expanded":
-        y = x.detach()[:1].expand_as(x)
+        y = first[:1].expand_as(x)
     else:  # what the gradient of a sum is
-        y = x.detach().flatten()[:1].view([1] * x.dim()).expand_as(x)
+        y = first.flatten()[:1].view([1] * x.dim()).expand_as(x)
     return y.requires_grad_(x.requires_grad)
 
 

@@ -235,6 +235,14 @@ def test_layouts(backend, dtype, layout, names):
     return check_layouts(call, given, "contiguous", names or inputs)
 
 
+@cases("B, H, T, S, D", EMPTY, slow_dtypes=LAYOUT_DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_nothing(backend, dtype, layout, B, H, T, S, D):
+    """Also an empty tensor has strides, and its contiguous() is itself whatever they are."""
+    call = partial(causal_attention, backend=backend)
+    check_layouts(call, attention_inputs(B, H, T, S, D, dtype), layout, "qkv")
+
+
 @backends
 def test_output_is_token_major(backend):
     for inputs in (attention_inputs(2, 3, 5, 5, 8, torch.float32), attention_inputs(2, 3, 1, 5, 8, torch.float32)):

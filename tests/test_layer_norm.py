@@ -177,6 +177,12 @@ def test_layouts_without_residual(backend, dtype, layout):
     check_layouts(partial(layer_norm, backend=backend), inputs, layout, ["x"])
 
 
+@cases("shape", [(shape,) for shape in EMPTY], slow_dtypes=LAYOUT_DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_nothing(backend, dtype, layout, shape):
+    check_layouts(partial(layer_norm, backend=backend), all_inputs(shape, dtype), layout, ["x", "residual"])
+
+
 @cases("shape", [((9, 20),)], [((301, 77),)])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_repeats(backend, dtype, shape, residual):

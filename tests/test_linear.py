@@ -116,6 +116,12 @@ def test_layouts(backend, dtype, layout, names):
     check_layouts(partial(linear, backend=backend), linear_inputs((2, 5, 12), 9, dtype), layout, names)
 
 
+@cases("shape, C_out", EMPTY, slow_dtypes=LAYOUT_DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_nothing(backend, dtype, layout, shape, C_out):
+    check_layouts(partial(linear, backend=backend), linear_inputs(shape, C_out, dtype), layout, ["x", "weight"])
+
+
 @cases("shape, C_out", [((9, 20), 7)], [((300, 500), 400)])
 def test_repeats(backend, dtype, shape, C_out):
     check_repeats(partial(linear, backend=backend), linear_inputs(shape, C_out, dtype), repeats=2)

@@ -145,6 +145,13 @@ def test_layouts(backend, dtype, layout, names):
     check_layouts(partial(gelu_mlp, backend=backend), mlp_inputs((2, 5, 12), 9, dtype), layout, names)
 
 
+@cases("shape, F_width", EMPTY, slow_dtypes=LAYOUT_DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_nothing(backend, dtype, layout, shape, F_width):
+    inputs = mlp_inputs(shape, F_width, dtype)
+    check_layouts(partial(gelu_mlp, backend=backend), inputs, layout, ["x", "w_fc", "w_proj"])
+
+
 @gelus
 @cases("shape, F_width", [((9, 20), 17)], [((200, 100), 400)])
 def test_repeats(backend, dtype, shape, F_width, approximate):

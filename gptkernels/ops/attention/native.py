@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gptkernels.backend import operators
@@ -9,7 +10,8 @@ from gptkernels.backend import operators
 
 def readable(x: Tensor) -> Tensor:
     """x, or a copy if its last dimension is not contiguous: the kernels take every other stride as it is."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    # Not contiguous(): an empty tensor, say an expanded gradient of no tokens, is itself by that, whatever its strides.
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
