@@ -157,6 +157,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors for an autograd.Function, to which Dynamo passes none twice: while it traces, a repeated one is a view."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        x.view_as(x) if x is not None and any(x is before for before in tensors[:i]) else x
+        for i, x in enumerate(tensors)
+    )
+
+
 def check_backward() -> None:
     """Raise in a backward that is itself being recorded: the native gradients have no gradients of their own."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -2,7 +2,7 @@
 
 Against model/reference.py: attention reads the packed projection (B, T, 3, H, D) where it lies; each residual addition
 is made inside the LayerNorm that follows it, so the stream is read and written once; the MLP is one operator; the loss
-is taken from the last hidden state, so that the (B*T, V) logits of a training step are never held.
+is taken from the last hidden state: of the (B*T, V) logits of a training step one chunk is held at a time.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class FastGPT(nn.Module):
         idx and targets are (B, T) int64; a target of -100 is ignored. seed draws the dropout of a training step, the
         same masks as the reference's: needed, and used, only in train mode with dropout > 0.
         """
-        check_input(idx, self.config.context)
+        check_input(idx, targets, self.config)
         rows, weight = self.look_up(idx)
         hidden = self.hidden(rows, dropout_seed(self.config.dropout, self.training, seed))
         words = None if self.config.outputs == self.config.vocab_size else self.config.outputs
@@ -140,8 +140,9 @@ class FastGPT(nn.Module):
     def look_up(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens' rows (B, T, C) of the embedding table, and the table that the head multiplies by."""
         table = self.transformer.wte.weight
-        large = table.device.type == "cpu" and table.shape[0] > idx.numel()
-        if self.config.tie and large and not torch.compiler.is_compiling():
+        tied_on_cpu = self.config.tie and table.device.type == "cpu"
+        # A compiled graph serves any number of tokens: it must not ask how many there are.
+        if tied_on_cpu and not torch.compiler.is_compiling() and table.shape[0] > idx.numel():
             return TiedLookUp.apply(table, idx)
         return F.embedding(idx, table), self.lm_head.weight
 
@@ -150,8 +151,10 @@ class FastGPT(nn.Module):
         T = x.shape[1]
         if self.config.pos == "learned":
             table = self.transformer.wpe.weight
-            # The gradient of a slice is a zero-filled copy of the table: the whole table is taken where it can be.
-            return x + (table if table.shape[0] == T else table[:T])
+            # The gradient of a slice is a zero-filled copy of the table: the whole table is taken where it can be. Not in a
+            # graph, which would then serve this length alone.
+            whole = not torch.compiler.is_compiling() and table.shape[0] == T
+            return x + (table if whole else table[:T])
         return x + self.positions[:T] if self.config.pos == "sinusoidal" else x
 
     def drop(self, x: Tensor, seed: Seed | None, stream: int) -> Tensor:

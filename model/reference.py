@@ -161,7 +161,7 @@ class GPT(nn.Module):
         idx and targets are (B, T) int64; a target of -100 is ignored. seed draws the dropout of a training step: it is
         needed, and used, only in train mode with dropout > 0.
         """
-        check_input(idx, self.config.context)
+        check_input(idx, targets, self.config)
         seed = dropout_seed(self.config.dropout, self.training, seed)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.pos == "learned":
@@ -197,10 +197,26 @@ def sinusoidal_positions(T: int, C: int, device: torch.device | None = None) -> 
     return 0.02 * math.sqrt(2.0) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-def check_input(idx: Tensor, context: int) -> None:
-    """Raise unless idx is (B, T) with 1 <= T <= context."""
+def check_input(idx: Tensor, targets: Tensor | None, config: ModelConfig) -> None:
+    """Raise unless idx and targets are (B, T) with 1 <= T <= context and, where a look costs little, hold known tokens."""
+    context, V = config.context, config.outputs
     if idx.dim() != 2 or not 1 <= idx.shape[1] <= context:
         raise ValueError(f"idx must be (B, T) with 1 <= T <= context = {context}, got {tuple(idx.shape)}: crop it")
+    if targets is not None and targets.shape != idx.shape:
+        shapes = f"{tuple(targets.shape)} for {tuple(idx.shape)}"
+        raise ValueError(f"targets must have the shape of idx, one for each token, got {shapes}: shift, then crop both")
+    # A GPU would be waited for, and a graph has no values yet: there torch's own checks remain.
+    if idx.device.type != "cpu" or torch.compiler.is_compiling() or idx.numel() == 0:
+        return
+    low, high = (int(end) for end in torch.aminmax(idx))
+    if low < 0 or high >= config.vocab_size:
+        wanted = f"tokens must be in [0, {config.vocab_size})"
+        raise ValueError(f"{wanted}, got {low if low < 0 else high}: take the tokenizer that the model was made for")
+    if targets is not None:
+        wrong = targets[((targets < 0) | (targets >= V)) & (targets != IGNORE_INDEX)]
+        if wrong.numel():
+            rule = f"targets must be in [0, {V}), or {IGNORE_INDEX} to be ignored"
+            raise ValueError(f"{rule}, got {int(wrong[0])}: take the tokenizer that the model was made for")
 
 
 def dropout_seed(p: float, training: bool, seed: Seed | None) -> Seed | None:

@@ -91,7 +91,7 @@ sys.path.insert(0, "tests")
 import torch
 torch._C._set_deterministic_algorithms(True)
 from functools import partial
-from oracle import check_against_oracle
+from oracle import LAYOUTS, check_against_oracle, check_layouts
 import test_attention, test_cross_entropy, test_layer_norm, test_linear, test_mlp
 import gptkernels
 from gptkernels.backend import cpu_library
@@ -108,6 +108,16 @@ for dtype in (torch.float32, torch.bfloat16):
         check_against_oracle(gptkernels.linear, partial(test_linear.linear_inputs, shape, C_out, dtype), "cpu")
     inputs = partial(test_cross_entropy.cross_entropy_inputs, 17, 20, 43, dtype)
     check_against_oracle(gptkernels.linear_cross_entropy, inputs, "cpu")
+    for op, given in (
+        (gptkernels.causal_attention, test_attention.attention_inputs(2, 2, 7, 9, 12, dtype)),
+        (gptkernels.causal_attention_packed, {"qkv": test_attention.draw((2, 7, 3, 2, 12), dtype, 1)}),
+        (gptkernels.layer_norm, test_layer_norm.all_inputs((2, 5, 43), dtype)),
+        (gptkernels.linear, test_linear.linear_inputs((2, 5, 33), 31, dtype)),
+        (gptkernels.gelu_mlp, test_mlp.mlp_inputs((2, 5, 21), 35, dtype)),
+        (gptkernels.linear_cross_entropy, test_cross_entropy.cross_entropy_inputs(9, 20, 43, dtype)),
+    ):
+        for layout in LAYOUTS:
+            check_layouts(partial(op, backend="cpu"), given, layout, [name for name in given if name != "targets"])
 print(cpu_library()[0])
 """
 

@@ -178,6 +178,31 @@ def test_several_chunks(backend, dtype, N, C, V, mixed):
     check_against_oracle(linear_cross_entropy, inputs, backend, draws=5 if mixed else 1, few=1)
 
 
+@pytest.mark.parametrize("width", [16, 50304, 128256, 262144, 804_864, 1_000_000])
+def test_rows_of_a_chunk(width):
+    """Whatever the batch and the vocabulary, a chunk's logits are no more than are said to be held, and rows share it."""
+    for N in (0, 1, 127, 128, 2048, 2049, 4095, 4097, 16384, 10**7 + 1):
+        rows = chunks.rows_of_a_chunk(N, width)
+        assert min(N, 1) <= rows <= N and rows * width <= max(103_022_592, 128 * width)
+        assert rows == N or rows % 128 == 0
+        # No more chunks than needed.
+        most = max(128, 103_022_592 // width // 128 * 128)
+        assert rows == 0 or -(-N // rows) <= -(-N // most)
+
+
+@pytest.mark.parametrize("backend", ["triton", "simt", *CUDA])
+def test_the_logits_of_a_chunk_are_held(backend, monkeypatch):
+    """400 rows in chunks of at most 256: no larger matrix of logits is made, and the results are as ever."""
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 256 * 48)
+    made = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: made.append(out.shape) or mm(a, b, out=out))
+    inputs = partial(cross_entropy_inputs, 400, 16, 48, torch.float32)
+    results(partial(linear_cross_entropy, backend=backend), inputs(0))
+    assert made == [(256, 48), (144, 48)]
+    check_against_oracle(linear_cross_entropy, inputs, backend, draws=1)
+
+
 @dtypes
 def test_the_output_gradient_scales_both(backend, dtype):
     """Of one number, of half of it, and of a half of a sum of losses."""
@@ -229,6 +254,12 @@ def test_a_retained_graph_gives_the_same_again(backend, dtype):
 def test_layouts(backend, dtype, layout, names):
     inputs = cross_entropy_inputs(9, 12, 21, dtype)
     check_layouts(partial(linear_cross_entropy, backend=backend), inputs, layout, names)
+
+
+@cases_of_own_products("layout", LAYOUTS, slow_dtypes=LAYOUT_DTYPES)
+def test_layouts_of_nothing(backend, dtype, layout):
+    call = partial(linear_cross_entropy, reduction="sum", backend=backend)
+    check_layouts(call, cross_entropy_inputs(0, 12, 21, dtype), layout, ["x"])
 
 
 @backends

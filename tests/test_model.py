@@ -256,6 +256,48 @@ def test_wrong_inputs_are_refused(kind, shape):
         gpt(torch.zeros(shape, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("kind", ["reference", "fast"])
+@pytest.mark.parametrize("token", [29, -1, 2**40])
+def test_tokens_out_of_range_are_refused(kind, token):
+    gpt = make_reference() if kind == "reference" else FastGPT(CONFIG)
+    x, _ = batch()
+    x[1, 3] = token
+    with pytest.raises(ValueError, match=rf"tokens must be in \[0, 29\), got {token}: take the tokenizer that"):
+        gpt(x)
+
+
+@pytest.mark.parametrize("kind", ["reference", "fast"])
+@pytest.mark.parametrize("config", [CONFIG, VARIANTS["padded"]], ids=["", "padded"])
+def test_targets_that_do_not_fit_are_refused(kind, config):
+    gpt = make_reference(config) if kind == "reference" else FastGPT(config)
+    x, y = batch()
+    for targets in (y[:2], y[:, 1:], y.flatten()):
+        wanted = rf"targets must have the shape of idx, one for each token, got \({targets.shape[0]},.* for \(3, 19\)"
+        with pytest.raises(ValueError, match=wanted):
+            gpt(x, targets)
+    for token in (29, -1, -101):
+        targets = y.clone()
+        targets[0, 0], targets[2, 5] = -100, token
+        with pytest.raises(ValueError, match=rf"in \[0, 29\), or -100 to be ignored, got {token}: take the tokenizer"):
+            gpt(x, targets)
+
+
+@pytest.mark.parametrize("name", ["learned", "sinusoidal", "untied"])
+@pytest.mark.parametrize("loss", [False, True], ids=["logits", "loss"])
+def test_export_for_any_batch_and_length(name, loss):
+    """From an example as long as the context: the graph serves every shorter one, and any number of texts."""
+    config = VARIANTS[name]
+    gpt = FastGPT.from_reference(make_reference(config))
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=config.context)
+    names = ("idx", "targets") if loss else ("idx",)
+    shapes = {name: {0: B, 1: T} for name in names}
+    program = torch.export.export(gpt, batch(config)[: len(names)], dynamic_shapes=shapes)
+    for size in ((2, 2), (5, 11), (4, config.context)):
+        given = batch(config, *size)[: len(names)]
+        found, wanted = program.module()(*given)[loss], gpt(*given)[loss]
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

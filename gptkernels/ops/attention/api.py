@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, resolve, say_fallback
+from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve, say_fallback
 from gptkernels.ops.attention import native, reference
 
 # The widest head whose tiles the kernels keep in the caches or in shared memory.
@@ -56,7 +56,7 @@ def causal_attention(
     if backend == "reference":
         return reference.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=key)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return CausalAttention.apply(backend, q, k, v, scale, dropout_p, key)
+        return CausalAttention.apply(backend, *distinct(q, k, v), scale, dropout_p, key)
     return native.forward(backend, q, k, v, scale, dropout_p, key)[0]
 
 

@@ -5,7 +5,7 @@
 
 For a chunk of rows torch.mm makes the logits, in x's dtype, in one buffer; one kernel of the backend makes the rows' losses
 and puts dlogits in the logits' place; two products make dx and add to dW, both in fp32. The logits of one chunk are all
-that is held.
+that is held of them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,16 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def rows_of_a_chunk(N: int, width: int) -> int:
+    """Rows of every chunk but the last, of N rows of `width` logits: much the same number in each.
+
+    At most CHUNK_LOGITS logits, or TILE rows if even those are more.
+    """
+    most = max(TILE, CHUNK_LOGITS // width // TILE * TILE)
+    chunks = max(1, -(-N // most))
+    return min(N, round_up(-(-N // chunks), TILE))
+
+
 def words(weight: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """The first vocab_size rows of weight in dtype, and rows of zeros up to a size that cuBLAS is fast with."""
     if vocab_size % ALIGNED == 0:
@@ -88,8 +98,7 @@ def cross_entropy(
     message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
     torch._assert_async(counts[1] == 0, message)
     (N, _), width = x.shape, weight.shape[0]
-    chunks = max(1, -(-N * width // CHUNK_LOGITS))
-    rows = min(N, round_up(-(-N // chunks), TILE))
+    rows = rows_of_a_chunk(N, width)
     buffer = x.new_empty((rows, width))
     losses = []
     scaled = mean and x.dtype != torch.float16

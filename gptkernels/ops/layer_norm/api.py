@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
 from gptkernels.ops.layer_norm import native, reference
 
 
@@ -49,7 +49,7 @@ def layer_norm(
         s = x + residual;   y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias      (var is the biased one)
 
     Args:
-        x: (..., C), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
+        x: (..., C), float32 or bfloat16, with triton, cuda and simt float16 too (any floating dtype with backend="reference").
         weight, bias: (C,) each, or None for 1 and 0; float32 or x's dtype, and the same dtype when both are given.
         eps: added to the variance, positive.
         residual: like x (its dtype may differ: a float32 stream beside a bfloat16 branch), or None.
@@ -72,7 +72,7 @@ def layer_norm(
     tensors = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = LayerNorm if residual is None else AddLayerNorm
-        return function.apply(chosen[0], *tensors, eps, dtype)
+        return function.apply(chosen[0], *distinct(*tensors), eps, dtype)
     y, total, _, _ = native.forward(chosen[0], *tensors, eps, dtype)
     return y if residual is None else (y, total)
 

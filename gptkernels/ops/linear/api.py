@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
 from gptkernels.ops.linear import native, reference
 
 
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         y = x W^T + b
 
     Args:
-        x: (..., C_in), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
+        x: (..., C_in), float32 or bfloat16, with triton, cuda and simt float16 too (any floating dtype with backend="reference").
         weight: (C_out, C_in), nn.Linear's layout, in x's dtype or float32; a float32 weight beside a bfloat16 x is
             rounded on its way into the product, and its gradient is float32 (so autocast needs no copy of it).
         bias: (C_out,) in weight's dtype, or None.
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return Linear.apply(backend, x, weight, bias)
+        return Linear.apply(backend, *distinct(x, weight, bias))
     return native.forward(backend, x, weight, bias)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, resolve
+from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
 from gptkernels.ops.linear.api import check_bias, check_weight
 from gptkernels.ops.mlp import native, reference
 
@@ -28,7 +28,7 @@ def gelu_mlp(
         gelu(h) = h/2 (1 + erf(h/sqrt 2)), or by the tanh formula h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3)))
 
     Args:
-        x: (..., C), float32 or bfloat16, with triton float16 too (any floating dtype with backend="reference").
+        x: (..., C), float32 or bfloat16, with triton, cuda and simt float16 too (any floating dtype with backend="reference").
         w_fc: (F, C) and w_proj: (C, F), nn.Linear's layout, in x's dtype or float32 (rounded on the way into the
             product when x is a 16-bit type; their gradients are then float32).
         b_fc: (F,) and b_proj: (C,) in their weight's dtype, or None.
@@ -50,7 +50,7 @@ def gelu_mlp(
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)
     tensors = (x, w_fc, b_fc, w_proj, b_proj)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return GeluMlp.apply(backend, *tensors, approximate == "tanh")
+        return GeluMlp.apply(backend, *distinct(*tensors), approximate == "tanh")
     return native.forward(backend, *tensors, approximate == "tanh")[0]
 
 
