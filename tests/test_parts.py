@@ -88,7 +88,7 @@ def test_commands_take_such_a_run(made, tmp_path, capsys):
     assert len(capsys.readouterr().out) > 100
     best, last = (load_model(folder, name)[0] for name in (BEST, LAST))
     assert not same_weights(best, last)  # the best one's are averaged
-    state = read_safetensors(tmp_path / "w.safetensors")
+    state, _ = read_safetensors(tmp_path / "w.safetensors")
     assert all(torch.equal(x, best.state_dict()[name]) for name, x in state.items())
     assert same_weights(load_weights(folder / LAST, [])[0], last)
 
