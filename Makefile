@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda-build bench gpu-static lint format clean
+.PHONY: demo test test-install test-cuda-build bench gpu-static lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/gptkernels demo
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
+
+# A wheel in two new environments, with torch there before and without; kernels of one instruction set are enough.
+test-install:
+	GPTKERNELS_BUILD_ISAS=$${GPTKERNELS_BUILD_ISAS-baseline} PYTHON=$(PYTHON) tests/install.sh build/install '$(TORCH)'
 
 # A CUDA build of torch (5 GB) in an environment of its own, and a copy of the source, which keeps the libraries here as
 # they are. Needs nvcc of the same CUDA version, no GPU.
