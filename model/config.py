@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.files import user_path
+
 PRESETS = Path(__file__).parent / "presets"
 
 TRUE_WORDS = ("true", "on", "yes", "1")
@@ -311,7 +313,7 @@ def preset_names() -> list[str]:
 
 def read_preset(preset: str) -> dict[str, Any]:
     """Dotted settings of a preset, by its name or by the path of a .toml file."""
-    path = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    path = user_path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not path.is_file():
         raise ValueError(f"no preset {preset!r}: choose {', '.join(preset_names())}, or the path of a .toml file")
     settings = {}

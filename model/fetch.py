@@ -9,6 +9,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from model.files import user_path
+
 DOWNLOAD_SECONDS = 120
 
 
@@ -61,7 +63,7 @@ def is_url(place: str) -> bool:
 def read_place(place: str, expected: str, what: str, name: str) -> str:
     """The UTF-8 text at a path or URL, which must have the expected sha256; a URL's is cached under `name`."""
     if not is_url(place):
-        data = Path(place).expanduser().read_bytes()
+        data = user_path(place).read_bytes()
         check_hash(data, expected, f"{what} at {place}")
         return data.decode("utf-8")
     if (text := read_cached(name, expected)) is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from model.fetch import is_url, read_place
+from model.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 # vocab.bpe of GPT-2's release and merges.txt of its copies: the same file.
@@ -235,7 +236,7 @@ def byte_level(package: Any, model: Any) -> Any:
 def gpt2_bpe(place: str) -> BpeTokenizer:
     """GPT-2's BPE from vocab.bpe or merges.txt: the file, its folder, or its http(s) URL, checked by its sha256."""
     if not is_url(place):
-        place = str(merges_file(Path(place).expanduser()))
+        place = str(merges_file(user_path(place)))
     return bpe_of_merges(read_place(place, GPT2_SHA256, "GPT-2's merges", "gpt2-vocab.bpe"))
 
 

@@ -50,7 +50,6 @@ def test_committed_results(drawing, tmp_path):
     text = words_of(first["avx2-ops-speedup.svg"])
     for case in result["cases"]:
         assert case["case"] in text and f"{case['speedup']['eager']['both']:.2f}x" in text
-    assert "loses" in text, "the linear layer is slower than best eager's in these results"
     assert "GFLOP/s" in words_of(first["avx2-ops-roofline.svg"])
 
 
@@ -82,6 +81,8 @@ def test_cost_on_a_gpu_is_that_of_graphs(drawing):
 def test_what_counts_as_a_loss_and_what_has_no_figures(drawing, tmp_path):
     result = json.loads((RESULTS / "avx2-train-gpt-384.json").read_text(encoding="utf-8"))
     (case,) = result["cases"]
+    del case["columns"]["ours compiled"]
+    case["ours"] = ["ours"]
     for name, ms in (("eager", 98.5), ("compile", 97.0), ("reference", 300.0), ("ours", 100.0)):
         case["columns"][name]["step"]["ms"] = ms
     text = words_of(draw(tmp_path / "a", written(tmp_path / "a.json", result))["a-speedup.svg"])
