@@ -3,10 +3,11 @@
 On a CPU our native operators also use memory that torch's allocator does not see. The resident set sees all of it, and
 the kernel keeps its high-water mark. The protocol, the same for every column:
 
-1. a fresh process builds the work: inputs and output gradients, or model, batch and the optimizer's state;
+1. a fresh process builds the work: inputs and output gradients, or model, batch and the optimizer's state; freed heap
+   goes back to the system, so that nothing after it lands on memory that is resident already;
 2. a warm-up at a tiny shape loads libraries and code, so that they do not count; torch.compile is compiled and warmed
    at the full shape instead, since it has no tiny form of the same code (what it keeps from that is in its favour);
-3. freed heap goes back to the system, and what is then resident is the baseline;
+3. freed heap goes back again, and what is then resident is the baseline;
 4. the high-water mark is reset, the work runs three times at the full shape (once where it takes half a minute), and
    the mark is read.
 

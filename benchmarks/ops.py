@@ -14,6 +14,7 @@ from benchmarks.case import GPU_BACKENDS, OURS_FP32, column_names, factor, run_c
 from benchmarks.compiler import compiled
 from benchmarks.device import AS_IT_COMES, Clock, CudaClock, clock_of
 from benchmarks.harness import Column
+from benchmarks.memory import give_back_heap
 from benchmarks.op import DTYPES, Op, OpColumn, Outputs, Results, Shape, as_tuple, output_gradients
 from benchmarks.options import Options
 from model.equivalence_rule import Row, compare
@@ -157,6 +158,7 @@ def peak_work(work: dict) -> tuple[Column, int]:
     if work["column"] == OURS_FP32:
         data = data.to(torch.float32)
     column = op_column(op, work["column"], data, work["backend"])
+    give_back_heap()
     if work["column"] == "compile":
         column.run()
     else:

@@ -22,6 +22,7 @@ from benchmarks.compiler import compiled
 from benchmarks.device import AS_IT_COMES, Stages, clock_of, timed
 from benchmarks.harness import Column
 from benchmarks.kept import Kept
+from benchmarks.memory import give_back_heap
 from benchmarks.options import Options
 from gptkernels.cost import Cost, training_step
 from model.config import Config, ModelConfig, TrainConfig, resolve
@@ -334,6 +335,7 @@ def peak_work(work: dict) -> tuple[Column, int]:
     bench.optimizer.step()
     bench.optimizer.zero_grad(set_to_none=True)
     column = bench.column(name)
+    give_back_heap()
     if name == "compile":
         column.run()
     else:

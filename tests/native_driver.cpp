@@ -5,12 +5,14 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "attention/attention_cpu.h"
 #include "common/parallel.h"
+#include "common/pool.h"
 #include "common/workspace.h"
 #include "cross_entropy/cross_entropy_cpu.h"
 #include "layer_norm/layer_norm_cpu.h"
@@ -26,6 +28,10 @@ void parallel_run(int64_t threads, void (*body)(void* context), void* context) {
     for (int64_t i = 0; i < threads; ++i) pool.emplace_back(body, context);
     for (std::thread& thread : pool) thread.join();
 }
+
+// Memory of exactly its size, which the pool's is not.
+void* pool_take(size_t bytes) { return ::operator new(bytes, std::align_val_t(64)); }
+void pool_give(void* data) { ::operator delete(data, std::align_val_t(64)); }
 
 }  // namespace gptkernels
 

@@ -22,10 +22,14 @@ FLAGS = {
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler: none in $CXX, g++ or clang++")
 
 
-def build_and_run(folder, flags):
-    """Compile the kernels and the driver, each file by itself on two cores, and run the program."""
-    sources = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), ROOT / "csrc/common/gemm.cpp"]
-    sources += [ROOT / "csrc/common/workspace.cpp", ROOT / "tests/native_driver.cpp"]
+KERNELS = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), ROOT / "csrc/common/gemm.cpp"]
+WORKSPACE = ROOT / "csrc/common/workspace.cpp"
+PROGRAM = [*KERNELS, WORKSPACE, ROOT / "tests/native_driver.cpp"]
+POOL = [ROOT / "csrc/common/pool.cpp", WORKSPACE, ROOT / "tests/pool_driver.cpp"]
+
+
+def build_and_run(folder, flags, sources):
+    """Compile the files, each by itself on two cores, and run the program."""
     common = [COMPILER, "-std=c++20", "-O1", "-g0", "-Wno-psabi", "-pthread", *flags.split()]
     objects = [folder / f"{source.stem}.o" for source in sources]
 
@@ -47,11 +51,17 @@ def run(command):
 @pytest.mark.parametrize("isa", supported_isas())
 def test_no_read_or_write_out_of_bounds(isa, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer, and right results, on buffers of exactly the size they need."""
-    output = build_and_run(tmp_path, f"{FLAGS[isa]} -fsanitize=address,undefined -fno-sanitize-recover=all")
+    output = build_and_run(tmp_path, f"{FLAGS[isa]} -fsanitize=address,undefined -fno-sanitize-recover=all", PROGRAM)
     assert output.endswith(" 0 failures\n")
 
 
 def test_no_data_race(tmp_path):
     """ThreadSanitizer, with three threads."""
-    output = build_and_run(tmp_path, "-fsanitize=thread")
+    output = build_and_run(tmp_path, "-fsanitize=thread", PROGRAM)
     assert output.endswith(" 0 failures\n")
+
+
+@pytest.mark.parametrize("flags", ["", "-fsanitize=thread"], ids=["plain", "thread"])
+def test_pool(flags, tmp_path):
+    """The memory of results: what is in use is left alone, what is idle is found again or given to the system."""
+    assert build_and_run(tmp_path, flags, POOL) == "0 failures\n"

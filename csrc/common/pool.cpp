@@ -3,32 +3,37 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <list>
+#include <map>
 #include <mutex>
 #include <new>
-#include <unordered_map>
 
 #include "common/workspace.h"
 
 namespace gptkernels {
 namespace {
 
+constexpr size_t PAGE = 4096;
 constexpr size_t HUGE_PAGE = 2 << 20;
-// What may be idle beyond the most that was ever in use: a round of operators of many shapes, each freed before the next,
-// finds its blocks again.
+// What is asked of the system at once, at least. Pages that no result has touched are not there yet, so the size costs
+// nothing; the larger it is, the more of what is given back joins into room for a larger result.
+constexpr size_t SLAB = 64 << 20;
+// What may be held beyond the most that was ever in use: a round of operators of many shapes finds its memory again.
 constexpr size_t SPARE = 32 << 20;
 
-struct Block {
-    void* data;
+// A piece of a slab: [its key in a map, + bytes).
+struct Piece {
     size_t bytes;
+    char* slab;
 };
+
+using Pieces = std::map<char*, Piece>;
 
 // Never destroyed: tensors may be freed while the process exits.
 struct Pool {
     std::mutex mutex;
-    std::list<Block> idle;                     // the longest unused first
-    size_t idle_bytes = 0, used_bytes = 0, most_used = 0;
-    std::unordered_map<void*, size_t> in_use;  // sizes
+    std::map<char*, size_t> slabs;  // bytes
+    Pieces idle, used;              // by address; neighbours of a slab that are both idle are one
+    size_t held_bytes = 0, used_bytes = 0, most_used = 0;
     const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
 };
 
@@ -37,37 +42,44 @@ Pool& pool() {
     return *instance;
 }
 
-// The last given back of the idle blocks that are large enough and at most a quarter too large: it is the likeliest to
-// be in a cache still.
-bool take_idle(Pool& p, size_t bytes, Block& found) {
-    for (auto it = p.idle.rbegin(); it != p.idle.rend(); ++it)
-        if (it->bytes >= bytes && it->bytes - bytes <= bytes / 4) {
-            found = *it;
-            p.idle_bytes -= found.bytes;
-            p.idle.erase(std::next(it).base());
-            return true;
-        }
-    return false;
+size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// The smallest idle piece that is large enough, of those the first: large ones are left for large results.
+Pieces::iterator best_fit(Pool& p, size_t bytes) {
+    auto best = p.idle.end();
+    for (auto it = p.idle.begin(); it != p.idle.end(); ++it)
+        if (it->second.bytes >= bytes && (best == p.idle.end() || it->second.bytes < best->second.bytes)) best = it;
+    return best;
 }
 
-// Give idle memory to the system until what the pool holds, with the bytes that are about to be asked for, is no more
-// than what was once in use and a little: work that has changed its shapes does not add the new ones' memory to the old
-// ones', and work that repeats its shapes finds them.
+// Give slabs of which nothing is in use to the system until what the pool holds, with the bytes that are about to be
+// asked for, is no more than what was once in use and a little: work that has changed its shapes does not add the new
+// ones' memory to the old ones'.
 void release_idle(Pool& p, size_t bytes) {
     size_t limit = std::max(p.most_used, p.used_bytes + bytes) + SPARE;
-    for (; p.used_bytes + p.idle_bytes + bytes > limit && !p.idle.empty(); p.idle.pop_front()) {
-        p.idle_bytes -= p.idle.front().bytes;
-        std::free(p.idle.front().data);
+    for (auto it = p.idle.begin(); it != p.idle.end() && p.held_bytes + bytes > limit;) {
+        auto slab = p.slabs.find(it->second.slab);
+        if (it->second.bytes < slab->second) {
+            ++it;
+            continue;
+        }
+        p.held_bytes -= slab->second;
+        std::free(slab->first);
+        p.slabs.erase(slab);
+        it = p.idle.erase(it);
     }
 }
 
-Block allocate(size_t bytes) {
-    size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 4096;
-    size_t rounded = (bytes + 4095) / 4096 * 4096;
+// A new slab, as one idle piece.
+Pieces::iterator add_slab(Pool& p, size_t bytes) {
+    size_t size = std::max(SLAB, rounded(bytes, HUGE_PAGE));
     void* data = nullptr;
-    if (posix_memalign(&data, alignment, rounded) != 0) throw std::bad_alloc();
-    advise_huge_pages(data, rounded);
-    return {data, rounded};
+    if (posix_memalign(&data, HUGE_PAGE, size) != 0) throw std::bad_alloc();
+    advise_huge_pages(data, size);
+    char* slab = static_cast<char*>(data);
+    p.slabs[slab] = size;
+    p.held_bytes += size;
+    return p.idle.emplace(slab, Piece{size, slab}).first;
 }
 
 }  // namespace
@@ -75,26 +87,38 @@ Block allocate(size_t bytes) {
 void* pool_take(size_t bytes) {
     Pool& p = pool();
     std::lock_guard<std::mutex> lock(p.mutex);
-    Block block;
-    if (!take_idle(p, bytes, block)) {
-        release_idle(p, bytes);
-        block = allocate(bytes);
+    size_t size = rounded(std::max<size_t>(bytes, 1), PAGE);
+    auto it = best_fit(p, size);
+    if (it == p.idle.end()) {
+        release_idle(p, size);
+        it = add_slab(p, size);
     }
-    p.in_use[block.data] = block.bytes;
-    p.used_bytes += block.bytes;
+    auto [data, piece] = *it;
+    p.idle.erase(it);
+    if (piece.bytes > size) p.idle.emplace(data + size, Piece{piece.bytes - size, piece.slab});
+    p.used.emplace(data, Piece{size, piece.slab});
+    p.used_bytes += size;
     p.most_used = std::max(p.most_used, p.used_bytes);
-    if (p.poison) std::memset(block.data, 0xff, bytes);
-    return block.data;
+    if (p.poison) std::memset(data, 0xff, bytes);
+    return data;
 }
 
 void pool_give(void* data) {
     Pool& p = pool();
     std::lock_guard<std::mutex> lock(p.mutex);
-    auto it = p.in_use.find(data);
-    p.idle.push_back({data, it->second});
-    p.idle_bytes += it->second;
-    p.used_bytes -= it->second;
-    p.in_use.erase(it);
+    auto used = p.used.extract(static_cast<char*>(data));
+    p.used_bytes -= used.mapped().bytes;
+    auto it = p.idle.insert(std::move(used)).position, next = std::next(it);
+    if (next != p.idle.end() && next->first == it->first + it->second.bytes && next->second.slab == it->second.slab) {
+        it->second.bytes += next->second.bytes;
+        p.idle.erase(next);
+    }
+    if (it == p.idle.begin()) return;
+    auto before = std::prev(it);
+    if (before->first + before->second.bytes == it->first && before->second.slab == it->second.slab) {
+        before->second.bytes += it->second.bytes;
+        p.idle.erase(it);
+    }
 }
 
 }  // namespace gptkernels

@@ -1,4 +1,4 @@
-// Memory of the operators' results, kept for the next result of that size.
+// Memory of the operators' results, kept for the next results.
 //
 // The system's allocator gives memory of this size back as soon as it is free, and the next result pays for it again: a
 // page fault and a zeroed page every 4 KiB, a tenth of a small GPT's training step.

@@ -1,6 +1,6 @@
 // Linear head and cross-entropy, chunk of rows by chunk of rows (Hsu et al. 2024, arXiv 2410.10989, section 3).
 //
-// For a chunk: logits = x W^T into a workspace; row by row softmax, loss, and the logits' own gradient in their place
+// For a chunk: logits = x W^T into the pool; row by row softmax, loss, and the logits' own gradient in their place
 // while the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three
 // products and no recomputation; the logits of one chunk are all that is held. A chunk trades memory against passes
 // over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows, at which those passes cost about
@@ -9,11 +9,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "common/math.h"
 #include "common/parallel.h"
-#include "common/workspace.h"
+#include "common/pool.h"
 
 namespace gptkernels {
 namespace {
@@ -82,7 +83,8 @@ float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* grad
     int64_t chunks = (p.N * p.V + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
     int64_t rows = chunks ? (p.N + chunks - 1) / chunks : 0;
     int64_t ld = (p.V + W - 1) / W * W;
-    float* logits = workspace_of<float>(Slot::OPERATOR, rows * ld);
+    std::unique_ptr<float, decltype(&pool_give)> held((float*)pool_take(rows * ld * sizeof(float)), &pool_give);
+    float* logits = held.get();
     std::vector<float> losses(p.N, 0.0f);
     if (gradients && p.N == 0) std::fill(gradients->dweight_sums, gradients->dweight_sums + p.V * p.C, 0.0f);
 
