@@ -100,7 +100,7 @@ def trim_samples(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    for mark in re.finditer(r"^--- step (\d+), validation loss [\d.]+$", text, re.MULTILINE):
+    for mark in re.finditer(r"^--- step (\d+), validation loss \S+$", text, re.MULTILINE):
         if int(mark[1]) > last_step:
             write_text(path, text[: mark.start()])
             return

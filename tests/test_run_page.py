@@ -66,6 +66,10 @@ def test_samples_beyond_the_checkpoint_are_written_again(tmp_path):
     path.write_text(first + "--- step 8, validation loss 2.4000\ntext\n\n")
     trim_samples(path, 4)
     assert path.read_text() == first
+    # Also one of a model whose loss was no number.
+    path.write_text(f"{first}--- step 8, validation loss nan\nccc\n\n")
+    trim_samples(path, 4)
+    assert path.read_text() == first
     trim_samples(tmp_path / "none", 4)
 
 
