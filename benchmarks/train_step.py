@@ -29,6 +29,7 @@ from model.config import Config, ModelConfig, TrainConfig, resolve
 from model.equivalence_rule import Row, compare
 from model.equivalence_subject import CHARACTERS, JITTER
 from model.fast import FastGPT
+from model.files import user_path
 from model.optimize import make_optimizer
 from model.reference import GPT
 
@@ -308,7 +309,7 @@ def bench_case(name: str, options: Options) -> dict[str, object]:
         judge=Gate(bench),
         cost=bench.cost,
         gradient_bytes=bench.parameter_bytes(),
-        work={"kind": "train", "size": name},
+        work=work_of(name),
         options=options,
     )
     extra: dict[str, object] = {"logits_compared": bench.few * m.context}
@@ -323,6 +324,11 @@ def bench_train(names: Sequence[str], options: Options) -> Iterator[dict[str, ob
     """The cases of the named sizes, as they are done."""
     for name in names:
         yield bench_case(name, options)
+
+
+def work_of(name: str) -> dict[str, object]:
+    """What a process that measures a column's memory builds: it runs in another folder, so a file's path must be whole."""
+    return {"kind": "train", "size": str(user_path(name).resolve()) if name.endswith(".toml") else name}
 
 
 def peak_work(work: dict) -> tuple[Column, int]:

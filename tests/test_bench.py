@@ -25,7 +25,7 @@ from benchmarks.op import OpColumn, random_leaves
 from benchmarks.ops import OPS
 from benchmarks.options import Options
 from benchmarks.scaling import SWEEPS
-from benchmarks.train_step import SIZES, TrainBench, train_config
+from benchmarks.train_step import SIZES, TrainBench, train_config, work_of
 from model.config import preset_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -327,6 +327,18 @@ def test_peak_of_a_column_in_a_process_of_its_own():
     logits = N * V * 4 / 1e6
     # Up to four tensors of the logits' size live at once: they, their log-softmax, and the gradients of both.
     assert 2 * logits < figures["peak_beyond_gradients_mb"] < 4.5 * logits
+
+
+def test_peak_of_a_preset_of_ones_own(tmp_path, monkeypatch):
+    """Its path is as somebody writes it, and the process that measures runs somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"context": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 11}
+    lines = [f"{name} = {value}" for name, value in sizes.items()]
+    Path("few.toml").write_text("\n".join(["[model]", *lines, "[train]", "batch = 2"]))
+    columns = {"column": "eager", "dtype": "fp32", "backend": "auto", "threads": 1}
+    figures = measured_in_subprocess(work_of("few.toml") | columns)
+    parameters = sum(p.numel() for p in TrainBench(train_config("few.toml"), "fp32", "auto").weights.parameters())
+    assert figures.get("gradients_mb") == 4e-6 * parameters, figures
 
 
 def test_pytest_benchmark_suite_saves_and_compares(tmp_path):
