@@ -25,7 +25,7 @@ from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
 from gptkernels.backend import BACKENDS
 from model.config import preset_names
-from model.files import user_path
+from model.files import user_path, write_text
 
 ROUNDS, QUICK_ROUNDS = 20, 8
 BUDGETS = {"cpu": 600.0, "cuda": 10.0}
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser()
     args = parser.parse_args(list(argv))
     if args.command == "table":
-        files = [json.loads(file.read_text(encoding="utf-8")) for file in args.files]
+        files = [read_result(file) for file in args.files]
         of_gpus = [file for file in files if file.get("device") == "cuda" and file.get("what") != "scaling"]
         if len(files) > len(of_gpus):
             print(markdown(files))
@@ -184,11 +184,22 @@ def main(argv: Sequence[str]) -> int:
     return run(args.command, measure(args.names, options), options, args.out)
 
 
+def read_result(file: Path) -> dict:
+    """A file that `bench table` takes; ValueError for any other."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    known = isinstance(content, dict) and (content.get("command") in ("bench", "check") or "train_seconds" in content)
+    if not known:
+        raise ValueError(f"{file} must be JSON of bench --out, of check, or a run's result.json, got something else")
+    return content
+
+
 def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Path | None) -> int:
     """Show every case as it is done, then all of them as JSON."""
     machine = describe(options.device)
     result: dict[str, object] = {"command": "bench", "what": what, "machine": machine, "device": options.device}
     result["quick"] = options.quick
+    if out is not None:  # what cannot be written is said before the work
+        out.parent.mkdir(parents=True, exist_ok=True)
     print(f"bench {what}, {options.device}, {options.dtype}: {machine_line(machine)}", flush=True)
     done: list[dict[str, object]] = []
     for case in cases:
@@ -196,18 +207,10 @@ def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Pa
         done.append(case)
         result |= {"cases": done, "passed": all(case["passed"] for case in done)}
         if out is not None:
-            write_atomically(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
-            write_atomically(out.with_suffix(".csv"), csv_text(result))
+            write_text(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+            write_text(out.with_suffix(".csv"), csv_text(result))
     print(f"\n{json.dumps(result, allow_nan=False)}")
     return 0 if result["passed"] else 1
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

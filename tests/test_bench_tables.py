@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.cli import main
 from benchmarks.gpu_table import gpu_markdown
 from benchmarks.scaling import line as scaling_line
 from benchmarks.tables import case_text
@@ -119,3 +120,11 @@ def test_table_reads_training_runs_and_refuses_quick_figures():
         markdown([result_file([], quick=True)])
     with pytest.raises(ValueError, match="--quick"):
         gpu_rows(graph_case(eager=3.0, triton=2.0), quick=True)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}"])
+def test_a_file_that_is_no_result(tmp_path, content):
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"other.json must be JSON of bench --out, of check, or a run's result.json"):
+        main(["table", str(file)])
