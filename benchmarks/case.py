@@ -22,8 +22,9 @@ from model.equivalence_rule import Row
 
 # kernels.md's rule: twice the plain error for what comes out, three times for gradients.
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-# For torch's own operators and other libraries'. Where they round more than the written-out form does (F.layer_norm's weight gradient adds
-# up rows one after another, a sum() adds pairs), that is no mistake of the column; one errs by orders of magnitude.
+# For torch's own operators and other libraries'. Where they round more than the written-out form does (F.layer_norm's
+# weight gradient adds up rows one after another, a sum() adds pairs), that is no mistake of the column; one errs by orders
+# of magnitude.
 TORCH_FACTOR = 10.0
 # The extra column of a bf16 run: the same work of ours in fp32.
 OURS_FP32 = "ours fp32"

@@ -30,8 +30,8 @@ class Timed(Protocol):
 class Column(Timed, Protocol):
     """One way to do the work: stages that follow one another, whose time together has the name `total`.
 
-    `results` are what the judge compares and `kept_bytes` what the forward keeps for the backward, None for a bound. A CUDA graph of each stage keeps what the stage `holds`, and
-    has the results `gathered` from that.
+    `results` are what the judge compares and `kept_bytes` what the forward keeps for the backward, None for a bound. A
+    CUDA graph of each stage keeps what the stage `holds`, and has the results `gathered` from that.
     """
 
     total: str
