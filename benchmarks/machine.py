@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import importlib
 import os
@@ -11,7 +10,6 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -20,8 +18,7 @@ from benchmarks.harness import Timed, Times
 from benchmarks.options import Options
 from gptkernels.backend import cpu_library
 from gptkernels.cost import Cost
-
-ROOT = Path(__file__).resolve().parent.parent
+from model.machine import commit, now, processor_name
 
 # 2048^3 is 17 GFLOP: far beyond every cache, and about 0.1 s on two cores, short enough to be timed every round.
 LARGEST_MATMUL = 2048
@@ -148,7 +145,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
     """Everything about the machine and the software that a figure depends on."""
     return {
         **(describe_gpu() if device == "cuda" else {}),
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -157,7 +154,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "load_average": os.getloadavg()[0],
     }
 
@@ -188,28 +185,3 @@ def driver() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
-
-
-def cpu_name() -> str:
-    """The CPU's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit that ran, with `+changes` if the working tree differs from it."""
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def git(*arguments: str) -> str:
-    """The output of a git command in the project's folder."""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

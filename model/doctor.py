@@ -20,7 +20,7 @@ from torch import Tensor
 import gptkernels
 from gptkernels.backend import BACKENDS, ISAS, available_backends, cpu_library, resolve, supported_isas
 from gptkernels.ops.attention.api import choose
-from model.report import processor_name
+from model.machine import processor_name
 
 BUILD_REPORT = Path(gptkernels.__file__).parent / "_build.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

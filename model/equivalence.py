@@ -37,8 +37,9 @@ from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
 from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
 from model.files import user_path, write_text
+from model.machine import processor_name
 from model.progress import Whereabouts
-from model.report import count_parameters, describe_backends, processor_name
+from model.report import count_parameters, describe_backends
 from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

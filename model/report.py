@@ -16,6 +16,7 @@ from gptkernels.backend import cpu_library
 from model.config import Config
 from model.data import Dataset
 from model.fast import Model
+from model.machine import commit, device_name, now
 from model.memory import activation_bytes, state_bytes
 from model.ranks import Ranks
 from model.throughput import flops_a_token, peak_flops
@@ -36,23 +37,9 @@ def environment(model: Model, dataset: Dataset, device: torch.device, backends: 
         "data": dataset.source,
         "data_sha256": dataset.sha256,
         "command": sys.argv,
+        "commit": commit(),
+        "date": now(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The name of what computes."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
-def processor_name() -> str:
-    """The CPU's name as Linux tells it, else what Python knows."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

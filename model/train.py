@@ -259,7 +259,8 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
     progress, first = Progress(quiet or not state.ranks.first), state.ranks.first
     if first:
         write_text(folder / "config.toml", to_toml(config))
-        write_json(folder / "env.json", report.environment(state.model, state.dataset, state.device, state.backends))
+        environment = report.environment(state.model, state.dataset, state.device, state.backends)
+        write_json(folder / "env.json", environment)
     progress.note(
         report.start_card(
             config, state.dataset, state.model, state.device, state.backends, state.learner.micro, state.ranks, folder
@@ -279,7 +280,7 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
         raise
     result = result_of(state, time.perf_counter() - began)
     if first:
-        write_json(folder / "result.json", result | {"config": flatten(config)})
+        write_json(folder / "result.json", result | {"config": flatten(config), "machine": environment})
     if result["interrupted"]:
         progress.note(f"stopped after step {state.step}, saved: go on with  {command}")
     else:

@@ -25,6 +25,7 @@ from model.config import resolve
 from model.data import load_dataset
 from model.evaluate import evaluate
 from model.interrupt import interruptible
+from model.machine import commit
 from model.run_files import read_metrics
 from model.train import resume, train
 
@@ -180,7 +181,9 @@ def test_the_files_of_a_run(settings, tmp_path):
     env = json.loads((folder / "env.json").read_text())
     assert env["torch"] == torch.__version__ and env["data_sha256"] == result["data_sha256"]
     assert env["backends"].keys() >= {"causal_attention", "layer_norm", "linear", "gelu_mlp", "linear_cross_entropy"}
-    assert json.loads((folder / "result.json").read_text())["val_loss"] == result["val_loss"]
+    written = json.loads((folder / "result.json").read_text())
+    assert written["val_loss"] == result["val_loss"] and written["machine"] == env
+    assert written["machine"]["commit"][:40] == commit()[:40] and written["machine"]["date"].endswith("+00:00")
     assert (folder / "samples.txt").read_text().count("--- step ") == 3
     svg = ElementTree.parse(folder / "loss.svg").getroot()
     lines = [e.get("points").split() for e in svg.iter("{http://www.w3.org/2000/svg}polyline")]
