@@ -46,7 +46,8 @@ def add_lora(model: Model, config: LoraConfig) -> None:
     """Freeze a model and give each projection a low-rank difference to train; the function is the same until it has."""
     model.requires_grad_(False)
     for linear in projections(model):
-        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, config))
+        # unsafe leaves out a trial of the sum, which on the meta device, where there is no autocast, cannot be made.
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, config), unsafe=True)
 
 
 def merge_lora(model: Model) -> None:

@@ -10,12 +10,13 @@ from training_case import assert_same_run
 
 from model import cli
 from model.checkpoint import LAST, load, load_model
-from model.config import LoraConfig, ModelConfig, resolve
+from model.config import Config, LoraConfig, ModelConfig, TrainConfig, resolve
 from model.data import load_dataset
 from model.fast import FastGPT
 from model.hf import as_gpt2, load_hf, write_folder
 from model.lora import add_lora, merge_lora
 from model.optimize import make_optimizer
+from model.parallel import stand_in
 from model.prepare import prepare
 from model.reference import GPT
 from model.safetensors_file import read_safetensors, write_safetensors
@@ -261,6 +262,18 @@ def test_a_sum_of_lora_is_rounded_by_the_operators_alone():
     add_lora(model, LoraConfig(rank=3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+
+
+def test_what_stands_in_for_a_sharded_model_has_its_parts():
+    """It is made on the meta device, where a sum cannot be tried out."""
+    config = Config(CONFIG, TrainConfig(init="weights.safetensors"), LoraConfig(rank=3))
+    model = FastGPT(CONFIG)
+    add_lora(model, config.lora)
+    other = stand_in(model, config, torch.device("cpu"), accumulates=False)
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p.shape for name, p in other.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert found == shapes
+    other(torch.zeros((1, 4), dtype=torch.int64), torch.zeros((1, 4), dtype=torch.int64))[1].backward()
 
 
 def test_a_run_with_lora_resumes_and_is_merged(tokens, tmp_path):
