@@ -185,7 +185,8 @@ def judged_row(goals: Sequence[Goal], case: Mapping | None) -> tuple[str, str, s
 
 def training_row(runs: Results) -> tuple[str, str, str, str]:
     """The validation loss of the fast model's run, and its time beside the reference's."""
-    of = {run["config"]["train.model"]: run for run in runs}
+    # Other runs have no such loss.
+    of = {run["config"]["train.model"]: run for run in runs if run["val_loss_random"] is not None}
     both = {"loss": of.get("fast", {}).get("val_loss_random"), "time": None}
     if len(of) == 2 and of["fast"]["step"] == of["reference"]["step"]:
         both["time"] = of["fast"]["train_seconds"] / of["reference"]["train_seconds"]
