@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -38,12 +39,20 @@ def supported_isas() -> tuple[str, ...]:
         isas.append("avx2")
     if capability == "AVX512":
         isas.append("avx512")
-        # The public function came after torch 2.10; before it there was this private one.
-        private = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        public: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        if public.get("avx512_bf16", False) or private():
+        if capable("avx512_bf16", "_is_avx512_bf16_supported"):
             isas.append("avx512_bf16")
     return tuple(isas)
+
+
+def capable(name: str, private: str) -> bool:
+    """What torch says of this CPU: by the public function, which came after torch 2.10, or the private one before it."""
+    public: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return public.get(name, False) or getattr(torch.cpu, private, lambda: False)()
+
+
+def torch_has_amx() -> bool:
+    """Whether torch multiplies bfloat16 on this CPU's AMX tiles, which is several times as fast as our dot products."""
+    return torch.backends.mkldnn.is_available() and capable("amx_tile", "_is_amx_tile_supported")
 
 
 def load_cpu_library() -> tuple[str | None, str]:
@@ -80,12 +89,32 @@ _unavailable = {
     "cpu": None if _cpu_isa else f"the native CPU library is missing: {_cpu_explanation}",
     "simt": cuda_backend.simt_unavailable,
 }
+_bf16_products = "own"
 _printed: set[str] = set()
 
 
 def cpu_library() -> tuple[str | None, str]:
     """(instruction set of the loaded native CPU library or None, an explanation)."""
     return _cpu_isa, _cpu_explanation
+
+
+def take_bf16_products(whose: str) -> None:
+    """Whose matrix products the cpu backend takes in bfloat16 from now on: its "own", or "torch"'s with its own epilogues."""
+    global _bf16_products
+    if whose not in ("own", "torch"):
+        raise ValueError(f"whose must be 'own' or 'torch', got {whose!r}")
+    ctypes.CDLL(str(FOLDER / f"_cpu_{_cpu_isa}.so")).gptkernels_bf16_products_by_torch(whose == "torch")
+    _bf16_products = whose
+
+
+def bf16_products() -> str:
+    """Whose matrix products the cpu backend takes in bfloat16."""
+    return _bf16_products
+
+
+# Asked for an instruction set, what one looks at are its kernels.
+if _cpu_isa and torch_has_amx() and not os.environ.get("GPTKERNELS_CPU_ISA"):
+    take_bf16_products("torch")
 
 
 def available_backends() -> dict[str, str | None]:

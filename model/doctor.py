@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 import gptkernels
-from gptkernels.backend import BACKENDS, ISAS, available_backends, cpu_library, resolve, supported_isas
+from gptkernels.backend import (
+    BACKENDS,
+    ISAS,
+    available_backends,
+    bf16_products,
+    cpu_library,
+    resolve,
+    supported_isas,
+    torch_has_amx,
+)
 from gptkernels.ops.attention.api import choose
 from model.machine import processor_name
 
@@ -109,6 +118,9 @@ def libraries() -> list[str]:
         use = "loaded" if isa == loaded else "this CPU runs it" if isa in supported_isas() else "not for this CPU"
         rows[isa] = f"{use}; {built(f'_cpu_{isa}', report, 'not built')}"
     rows["in use"] = explanation
+    if loaded:
+        amx = "AMX" if torch_has_amx() else "no AMX"
+        rows["bf16"] = f"matrix products: {bf16_products()} (torch sees {amx} on this CPU)"
     if forced := os.environ.get("GPTKERNELS_CPU_ISA"):
         rows["forced"] = f"GPTKERNELS_CPU_ISA={forced}"
     for name, untried in OTHERS.items():

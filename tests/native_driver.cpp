@@ -222,6 +222,19 @@ Factor factor(Array& x, int64_t count, int64_t K, bool k_contiguous) {
     return {x.data(), k_contiguous ? K : count, x.is_bf16, k_contiguous};
 }
 
+// What stands for another library's product (common/gemm.h): plain loops.
+void loops(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, bf16* c, int64_t ldc) {
+    auto element = [](const Factor& f, int64_t i, int64_t k) {
+        return widen(static_cast<const bf16*>(f.data)[f.k_contiguous ? i * f.ld + k : k * f.ld + i]);
+    };
+    for (int64_t i = 0; i < M; ++i)
+        for (int64_t j = 0; j < N; ++j) {
+            float sum = 0;
+            for (int64_t k = 0; k < K; ++k) sum += element(a, i, k) * element(b, j, k);
+            c[i * ldc + j] = narrow(sum);
+        }
+}
+
 void matmul(int64_t M, int64_t N, int64_t K, int kinds) {
     bool a_bf16 = kinds & 1, b_bf16 = kinds & 2, a_along = kinds & 4, b_along = kinds & 8;
     Array a = random_array(a_bf16, M * K), b = random_array(b_bf16, N * K), bias = random_array(b_bf16, N),
@@ -310,13 +323,21 @@ int main() {
             alone([&] { layer_norm(N, C, kinds & 1, kinds & 2, kinds & 4, kinds & 8, kinds & 16); });
     constexpr int64_t MATMUL[][3] = {{1, 1, 1},    {5, 3, 2},   {13, 33, 17}, {1, 65, 385},
                                      {49, 2, 769}, {2, 390, 5}, {3, 4, 0},    {0, 3, 4}};
-    for (auto& [M, N, K] : MATMUL)
-        for (int kinds = 0; kinds < 16; ++kinds) alone([&] { matmul(M, N, K, kinds); });
-    for (auto [N, F] : {std::pair<int64_t, int64_t>{1, 1}, {7, 19}, {13, 40}})
-        for (int kinds = 0; kinds < 4; ++kinds) alone([&] { mlp(N, F, 21, kinds & 1, kinds & 2); });
     constexpr int64_t HEADS[][3] = {{1, 1, 1}, {5, 3, 7}, {9, 20, 33}, {7, 2, 65}, {0, 3, 4}};
-    for (auto& [N, C, V] : HEADS)
-        for (int kinds = 0; kinds < 4; ++kinds) alone([&] { cross_entropy(N, C, V, kinds & 1, kinds & 2); });
+    for (OutsideProduct product : {(OutsideProduct) nullptr, (OutsideProduct)loops}) {
+        set_outside_product(product);
+        for (auto& [M, N, K] : MATMUL)
+            for (int kinds = 0; kinds < 16; ++kinds) alone([&] { matmul(M, N, K, kinds); });
+        for (auto [N, F] : {std::pair<int64_t, int64_t>{1, 1}, {7, 19}, {13, 40}})
+            for (int kinds = 0; kinds < 4; ++kinds) alone([&] { mlp(N, F, 21, kinds & 1, kinds & 2); });
+        for (auto& [N, C, V] : HEADS)
+            for (int kinds = 0; kinds < 4; ++kinds) alone([&] { cross_entropy(N, C, V, kinds & 1, kinds & 2); });
+    }
+    // More than a piece of them, cut along either side; bf16 and fp32 factors in both layouts.
+    for (int kinds : {1, 7, 9, 15}) {
+        alone([&] { matmul(2, 600001, 1, kinds); });
+        alone([&] { matmul(600001, 2, 1, kinds); });
+    }
     std::printf("%d comparisons, %d failures\n", comparisons, failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

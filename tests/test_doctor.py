@@ -43,6 +43,7 @@ def test_it_says_what_is_here(report):
     if cpu_library()[0] is not None:
         assert row(lines, "layer_norm").split()[1:] == ["cpu", "cpu", "reference"] or torch.cuda.is_available()
         assert "loaded" in row(lines, cpu_library()[0])
+        assert row(lines, "bf16").split()[:4] == ["bf16", "matrix", "products:", "own"]
         assert "works" in row(lines, "cpu") or any("works" in line for line in lines if line.split()[:1] == ["cpu"])
 
 

@@ -22,7 +22,8 @@ FLAGS = {
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler: none in $CXX, g++ or clang++")
 
 
-KERNELS = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), ROOT / "csrc/common/gemm.cpp"]
+PRODUCTS = [ROOT / "csrc/common/gemm.cpp", ROOT / "csrc/common/gemm_pieces.cpp"]
+KERNELS = [*sorted((ROOT / "csrc").glob("*/*_cpu.cpp")), *PRODUCTS]
 WORKSPACE = ROOT / "csrc/common/workspace.cpp"
 PROGRAM = [*KERNELS, WORKSPACE, ROOT / "tests/native_driver.cpp"]
 POOL = [ROOT / "csrc/common/pool.cpp", WORKSPACE, ROOT / "tests/pool_driver.cpp"]

@@ -247,6 +247,7 @@ void store_tile(const Output& c, const Tile& t) {
 void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product, Epilogue epilogue,
           const void* context) {
     if (M == 0 || N == 0) return;
+    if (bf16_product && has_outside_product()) return gemm_in_pieces(M, N, K, a, b, epilogue, context);
     Problem p{M, N, K, a, b, epilogue, context};
     if (!bf16_product) return run<Product::FP32>(p);
 #if defined(__AVX512BF16__)
@@ -257,6 +258,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product
 }
 
 void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product, const Output& c) {
+    bool plain = c.is_bf16 && !c.bias && !c.add;
+    if (M && N && bf16_product && plain && has_outside_product()) return outside_gemm(M, N, K, a, b, c);
     gemm(
         M, N, K, a, b, bf16_product,
         [](const void* context, const Tile& tile) {

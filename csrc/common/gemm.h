@@ -2,7 +2,8 @@
 //
 // Own, not torch's BLAS, because it was measured to be faster where this library is measured (MKL on an AMD EPYC: 70 to
 // 140 GFLOP/s in fp32 at GPT shapes on 2 cores; this: see README) and because bias, GELU, softmax gradients and dtype
-// conversions then cost no pass over memory of their own.
+// conversions then cost no pass over memory of their own. But bf16 on a CPU with AMX is left to torch
+// (gemm_pieces.cpp).
 //
 // The scheme is Goto and van de Geijn's (2008, ACM TOMS 34:3). A task owns a block of C of MC x NC. For each slice of
 // KC along K it packs B's slice into panels NR wide (L2), then A MR rows at a time (L1), and multiplies them in
@@ -13,6 +14,7 @@
 #include <cstdint>
 
 #include "common/vec.h"
+#include "common/workspace.h"
 
 namespace gptkernels {
 
@@ -52,5 +54,17 @@ struct Output {
 };
 
 void gemm(int64_t M, int64_t N, int64_t K, Factor a, Factor b, bool bf16_product, const Output& c);
+
+// C (M, N) = A B by another library, all in bf16, C's rows ldc elements apart. Where there is one (null: none, as at
+// the start), every bf16 product is its: straight into a C in bf16 that needs no epilogue, else in pieces of C.
+typedef void (*OutsideProduct)(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, bf16* c, int64_t ldc);
+void set_outside_product(OutsideProduct product);
+bool has_outside_product();
+void outside_gemm(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, const Output& c);
+void gemm_in_pieces(int64_t M, int64_t N, int64_t K, const Factor& a, const Factor& b, Epilogue epilogue,
+                    const void* context);
+
+// A factor of `count` rows or columns in bf16: itself, or a copy in the workspace.
+Factor rounded(const Factor& f, int64_t count, int64_t K, Slot slot);
 
 }  // namespace gptkernels

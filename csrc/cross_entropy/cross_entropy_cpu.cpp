@@ -4,7 +4,7 @@
 // while the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three
 // products and no recomputation; the logits of one chunk are all that is held. A chunk trades memory against passes
 // over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows, at which those passes cost about
-// 5 % of the products.
+// 5 % of the products. Where the products are another library's (common/gemm.h) logits are in bf16, which are 512 rows.
 #include "cross_entropy/cross_entropy_cpu.h"
 
 #include <algorithm>
@@ -15,11 +15,12 @@
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/pool.h"
+#include "common/workspace.h"
 
 namespace gptkernels {
 namespace {
 
-constexpr int64_t CHUNK_LOGITS = 256 * 50304;
+constexpr int64_t CHUNK_BYTES = 4 * 256 * 50304;
 
 // Vectors that are added up before their sum joins the total: a vocabulary's exponentials in one chain would err by eps
 // V / W.
@@ -57,6 +58,29 @@ float softmax_row(float* row, int64_t V, int64_t target, const float* scale) {
     return std::log(total) + m - target_logit;
 }
 
+// The same for a row in bf16, which is widened for it into a workspace.
+float softmax_row(bf16* row, int64_t V, int64_t target, const float* scale) {
+    float* wide = workspace_of<float>(Slot::OPERATOR_THREAD, V + W);
+    for (int64_t v = 0; v < V; v += W) store(wide + v, load(row + v, V - v));
+    float loss = softmax_row(wide, V, target, scale);
+    if (scale)
+        for (int64_t v = 0; v < V; v += W) store(row + v, load(wide + v), V - v);
+    return loss;
+}
+
+// losses of n rows of logits; with a scale, the rows become their gradients, which of an ignored target's are 0.
+template <class T>
+void softmax_rows(const Output& logits, int64_t n, int64_t V, const int64_t* targets, int64_t ignore_index,
+                  const float* scale, float* losses) {
+    parallel_ranges(n, 1, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            T* row = static_cast<T*>(logits.data) + i * logits.ld;
+            if (targets[i] != ignore_index) losses[i] = softmax_row(row, V, targets[i], scale);
+            else if (scale) std::fill(row, row + V, T{});
+        }
+    });
+}
+
 Factor rows_from(const Factor& f, int64_t row) {
     Factor g = f;
     g.data = static_cast<const char*>(f.data) + row * f.ld * (f.is_bf16 ? 2 : 4);
@@ -80,35 +104,31 @@ int64_t first_bad_target(const CrossEntropy& p) {
 float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* gradients) {
     int64_t used = p.N - std::count(p.targets, p.targets + p.N, p.ignore_index);
     float scale = p.mean ? 1.0f / (float)used : 1.0f;
-    int64_t chunks = (p.N * p.V + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
+    bool narrow = p.bf16_product && has_outside_product();
+    // Rounded once for the products of all chunks.
+    Factor weight = narrow ? rounded(p.weight, p.V, p.C, Slot::SHARED_B) : p.weight;
+    int64_t bytes = narrow ? 2 : 4, chunks = (p.N * p.V * bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
     int64_t rows = chunks ? (p.N + chunks - 1) / chunks : 0;
-    int64_t ld = (p.V + W - 1) / W * W;
-    std::unique_ptr<float, decltype(&pool_give)> held((float*)pool_take(rows * ld * sizeof(float)), &pool_give);
-    float* logits = held.get();
+    int64_t unit = narrow ? 32 : W, ld = (p.V + unit - 1) / unit * unit;  // bf16: whole cache lines
+    std::unique_ptr<void, decltype(&pool_give)> held(pool_take(rows * ld * bytes), &pool_give);
+    Output logits{held.get(), ld, narrow};
     std::vector<float> losses(p.N, 0.0f);
     if (gradients && p.N == 0) std::fill(gradients->dweight_sums, gradients->dweight_sums + p.V * p.C, 0.0f);
 
     for (int64_t begin = 0; begin < p.N; begin += rows) {
         int64_t n = std::min(rows, p.N - begin);
-        gemm(n, p.V, p.C, rows_from(p.x, begin), p.weight, p.bf16_product, Output{logits, ld, false});
-        parallel_ranges(n, 1, [&](int64_t from, int64_t to) {
-            for (int64_t i = from; i < to; ++i) {
-                int64_t target = p.targets[begin + i];
-                float* row = logits + i * ld;
-                if (target != p.ignore_index)
-                    losses[begin + i] = softmax_row(row, p.V, target, gradients ? &scale : nullptr);
-                else if (gradients) std::fill(row, row + p.V, 0.0f);
-            }
-        });
+        gemm(n, p.V, p.C, rows_from(p.x, begin), weight, p.bf16_product, logits);
+        (narrow ? softmax_rows<bf16> : softmax_rows<float>)(logits, n, p.V, p.targets + begin, p.ignore_index,
+                                                            gradients ? &scale : nullptr, losses.data() + begin);
         if (!gradients) continue;
-        Factor weight_over_rows{p.weight.data, p.weight.ld, p.weight.is_bf16, false};
+        Factor weight_over_rows{weight.data, weight.ld, weight.is_bf16, false};
         Factor x_over_rows = rows_from(p.x, begin);
         x_over_rows.k_contiguous = false;
-        gemm(n, p.C, p.V, Factor{logits, ld, false, true}, weight_over_rows, p.bf16_product,
+        gemm(n, p.C, p.V, Factor{logits.data, ld, narrow, true}, weight_over_rows, p.bf16_product,
              rows_from(gradients->dx, begin));
         Output dweight{gradients->dweight_sums, p.C, false};
         dweight.add = begin > 0;
-        gemm(p.V, p.C, n, Factor{logits, ld, false, false}, x_over_rows, p.bf16_product, dweight);
+        gemm(p.V, p.C, n, Factor{logits.data, ld, narrow, false}, x_over_rows, p.bf16_product, dweight);
     }
     double total = 0;
     for (float loss : losses) total += loss;

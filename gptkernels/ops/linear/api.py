@@ -27,7 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         ValueError: shapes or devices that do not fit. TypeError: dtypes. RuntimeError: the backend cannot run here.
     Numerics: products are accumulated in fp32; in bfloat16 both factors are bfloat16 and y is rounded once. The result
-        does not depend on the number of threads. Inputs that are not contiguous are copied first.
+        does not depend on the number of threads, but where backend.bf16_products() is "torch" (a CPU with AMX): there its
+        product is rounded before the bias is added, and once more after. Inputs that are not contiguous are copied first.
     """
     check(x, weight, bias)
     dtype = autocast_dtype(x)

@@ -39,8 +39,10 @@ def gelu_mlp(
     Raises:
         ValueError: shapes, devices or approximate. TypeError: dtypes. RuntimeError: the backend cannot run here.
     Numerics: products are accumulated in fp32 and GELU is applied to the fp32 sum, where eager bfloat16 rounds
-        before it; beside cuBLAS's products (on GPUs from compute capability 9 on, below at some sizes) after rounding too.
-        Saved for the backward: x and h; gelu(h) is recomputed there. Results do not depend on the number of threads.
+        before it; beside cuBLAS's products (on GPUs from compute capability 9 on, below at some sizes) after rounding too,
+        and beside torch's in bfloat16 on a CPU with AMX (backend.bf16_products() is "torch").
+        Saved for the backward: x and h; gelu(h) is recomputed there. Beside our own products, results do not depend on the
+        number of threads.
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """
     check(x, w_fc, b_fc, w_proj, b_proj, approximate)
