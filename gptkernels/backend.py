@@ -186,6 +186,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, without the microsecond that `to` takes to find nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors for an autograd.Function, to which Dynamo passes none twice: while it traces, a repeated one is a view."""
     if not torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ under Triton's interpreter, slowly, for tests and study.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -34,11 +35,17 @@ def unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def kernels_of(op: str) -> Any:
+    """The file of the operator's kernels."""
+    return importlib.import_module(f"gptkernels.ops.{op}.triton")
+
+
 def compiled(op: str, name: str) -> Callable:
     """The operator on CUDA tensors."""
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"gptkernels.ops.{op}.triton"), name)(*args)
+        return getattr(kernels_of(op), name)(*args)
 
     return run
 
@@ -49,7 +56,7 @@ def interpreted(op: str, name: str) -> Callable:
     def run(*args: Any) -> Any:
         interpreter = importlib.import_module("gptkernels.interpreter")
         with interpreter.interpreted():
-            return getattr(importlib.import_module(f"gptkernels.ops.{op}.triton"), name)(*args)
+            return getattr(kernels_of(op), name)(*args)
 
     return run
 

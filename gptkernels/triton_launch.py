@@ -59,9 +59,10 @@ def launch_compiled(
     The JIT looks at every argument, and makes a key of 30 to 40 of them, in 14 us (H200's host) each time. All that it
     looks for is in this key: dtypes and alignment of tensors, the numbers, constants and options. Python calls 1, 1.0 and
     True equal, which Triton does not: a caller gives each argument numbers of one type, and descriptors of describe().
+    The key is flat, since every tuple within it would be made anew for each call.
     """
-    arguments_key = tuple([a if a.__class__ in NUMBERS else specialization(a) for a in arguments])
-    key = (id(kernel), device.index, arguments_key, tuple(constants.items()))
+    special = [a if a.__class__ in NUMBERS else specialization(a) for a in arguments]
+    key = (id(kernel), device.index, len(special), *special, *constants, *constants.values())
     found = _compiled.get(key)
     if found is not None:
         _, compiled, rest = found
@@ -76,6 +77,8 @@ def launch_compiled(
     _compiled[key] = kernel, compiled, tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
 
 
-def specialization(x: Any) -> tuple:
+def specialization(x: Any) -> Any:
     """What a kernel is compiled for of a tensor, or of a TensorDescriptor, whose address is always aligned."""
-    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else (x.base.dtype, *x.block_shape)
+    if isinstance(x, Tensor):
+        return x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, "off 16 bytes")
+    return (x.base.dtype, *x.block_shape)

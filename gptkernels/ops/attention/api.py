@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve, say_fallback
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, say_fallback
 from gptkernels.ops.attention import native, reference
 
 # The widest head whose tiles the kernels keep in the caches or in shared memory.
@@ -49,7 +49,7 @@ def causal_attention(
     """
     check(q, k, v)
     dtype = autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, q.device)
     backend = choose(backend, q)
@@ -81,7 +81,7 @@ def causal_attention_packed(
         raise ValueError(f"qkv must be (B, T, 3, H, D) with D >= 1, got {tuple(qkv.shape)}: view the projection so")
     if not qkv.is_floating_point():
         raise TypeError(f"qkv must be floating point, got {qkv.dtype}: convert it")
-    qkv = qkv.to(autocast_dtype(qkv))
+    qkv = cast(qkv, autocast_dtype(qkv))
     scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
     key = seed_tensor(dropout_p, seed, qkv.device)
     backend = choose(backend, qkv)
@@ -94,8 +94,9 @@ def causal_attention_packed(
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless shapes, dtypes and devices fit together."""
-    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-    if not fits or q.shape[3] == 0:
+    shape, key_shape = q.shape, k.shape
+    fits = len(shape) == len(key_shape) == 4 and key_shape == v.shape
+    if not fits or shape[:2] != key_shape[:2] or shape[3] != key_shape[3] or shape[3] == 0:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"q must be (B, H, T, D) and k, v (B, H, S, D) with D >= 1, got {shapes}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve
 from gptkernels.ops.cross_entropy import native, reference
 from gptkernels.ops.linear.api import check_weight
 
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     Source: the chunking of Hsu et al. 2024, arXiv 2410.10989 (Liger Kernel), section 3.
     """
     V = check(x, weight, targets, reduction, vocab_size)
-    x = x.to(autocast_dtype(x))
+    x = cast(x, autocast_dtype(x))
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear_cross_entropy(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve
 from gptkernels.ops.linear import native, reference
 
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     """
     check(x, weight, bias)
     dtype = autocast_dtype(x)
-    x = x.to(dtype)
+    x = cast(x, dtype)
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear(x, weight, bias)

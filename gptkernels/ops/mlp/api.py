@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve
 from gptkernels.ops.linear.api import check_bias, check_weight
 from gptkernels.ops.mlp import native, reference
 
@@ -46,7 +46,7 @@ def gelu_mlp(
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """
     check(x, w_fc, b_fc, w_proj, b_proj, approximate)
-    x = x.to(autocast_dtype(x))
+    x = cast(x, autocast_dtype(x))
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)

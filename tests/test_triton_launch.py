@@ -1,0 +1,142 @@
+"""Launches by the compiled kernel: found again for the same arguments only, and in less time than Triton's own launch takes."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheels for this platform")
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gptkernels import triton_launch
+from gptkernels.ops.attention import triton as attention
+from gptkernels.ops.linear.triton_descriptors import describe
+
+GPU = torch.device("cuda", 0)  # only its name: nothing is launched
+BLOCKS = {"A_ALONG_K": True, "B_ALONG_K": True, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
+
+
+class Compiled:
+    """What the JIT returns; notes what it is launched with."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launches.append((grid[:2], arguments))
+
+
+class Kernel:
+    """A kernel whose launches by the JIT, and later ones of what that has compiled, are noted."""
+
+    arg_names = ("x", "n", "BLOCK", "FLAG")
+
+    def __init__(self):
+        self.by_jit, self.compiled = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.by_jit.append((grid, arguments, constants))
+            return Compiled(self.compiled)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+
+
+def launch(kernel, x, n=3, grid=(4, 2), device=GPU, **constants):
+    triton_launch.launch_compiled(
+        kernel, grid, device, (x, n), {"BLOCK": 64, "FLAG": True, "num_warps": 4, **constants}
+    )
+
+
+def test_a_second_launch_does_without_the_jit():
+    kernel, x, y = Kernel(), torch.zeros(8), torch.zeros(64, 2)
+    launch(kernel, x)
+    launch(kernel, y, grid=(9, 1))
+    assert [call[0] for call in kernel.by_jit] == [(4, 2)]
+    ((grid, arguments),) = kernel.compiled
+    # All of the kernel's arguments in their order, constants too, but not what the JIT alone takes.
+    assert grid == (9, 1) and arguments[0] is y and arguments[1:] == (3, 64, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(8, dtype=torch.bfloat16)},
+        {"x": torch.zeros(9)[1:]},
+        {"x": None},
+        {"n": 4},
+        {"BLOCK": 128},
+        {"FLAG": False},
+        {"num_warps": 8},
+        {"device": torch.device("cuda", 1)},
+        {"num_stages": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_arguments_are_compiled_anew(change):
+    kernel, given = Kernel(), {"x": torch.zeros(8)}
+    launch(kernel, **given)
+    launch(kernel, **{**given, **change})
+    launch(Kernel(), **given)  # another kernel is not this one either
+    assert len(kernel.by_jit) == 2 and not kernel.compiled
+
+
+def test_descriptors_of_other_blocks_are_compiled_anew():
+    kernel, a = Kernel(), torch.zeros(32, 32)
+    for blocks in (BLOCKS, BLOCKS, {**BLOCKS, "BLOCK_M": 32}):
+        launch(kernel, describe(a, a, blocks)[0])
+    assert (len(kernel.by_jit), len(kernel.compiled)) == (2, 1)
+
+
+def test_kernels_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(triton_launch, "MOST_COMPILED", 3)
+    kernel = Kernel()
+    for n in (1, 2, 3, 4, 4, 1):
+        launch(kernel, torch.zeros(8), n=n)
+    assert [call[1][1] for call in kernel.by_jit] == [1, 2, 3, 4, 1]
+
+
+def test_a_launch_takes_less_python_than_the_jits(monkeypatch):
+    """A launch of attention's forward, which does nothing here: the JIT takes more than twice as long as the key does."""
+    nothing = SimpleNamespace(packed_metadata=None, function=None, launch_metadata=lambda *_: None, run=lambda *_: None)
+    fake = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 80, 32),
+    )
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(
+        JITFunction, "_do_compile", lambda self, key, *_: self.device_caches[0][0].setdefault(key, nothing)
+    )
+    calls = []
+    monkeypatch.setattr(attention, "launch", lambda *args, **constants: calls.append((args, constants)))
+    q, k, v = torch.zeros(3, 1, 2, 8, 64, dtype=torch.bfloat16).unbind()
+    attention.attention_forward(q, k, v, 0.125, 0.0, None)
+    ((kernel, grid, _, *arguments), constants) = calls[0]
+    jit = kernel[grid]
+    monkeypatch.setattr(JITFunction, "__getitem__", lambda self, grid: lambda *args, **kwargs: Compiled([]))
+
+    def by_key():
+        triton_launch.launch_compiled(kernel, grid, GPU, tuple(arguments), constants)
+
+    ours, theirs = fastest(by_key), fastest(lambda: jit(*arguments, **constants))
+    assert 1.5 * ours < theirs, f"{1e6 * ours:.1f} us, by the JIT {1e6 * theirs:.1f}"
+
+
+def fastest(call, rounds=100, calls=5):
+    """Seconds a call, the least of many short rounds: others may use the processor too."""
+    times = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        for _ in range(calls):
+            call()
+        times.append(time.thread_time() - begin)
+    return min(times) / calls
