@@ -5,8 +5,8 @@
 //   numbers   bf16, fp16, Vector<T, N>, PACKET<T>, to_float, from_float<T>, pack2<T>, unpack2<T>, add2<T>, to_tf32
 //   memory    Global<T>, Shared<T>: p[i], p + i, load<N>(p), store(p, vector), SHARED_ARRAY, dynamic_shared,
 //             ldmatrix_x1/x2/x4(_trans), cp_async16, cp_async_commit, cp_async_wait<N>, atomicAdd
-//   warp      FULL_WARP, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync
-//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>, opaque,
+//   warp      FULL_WARP, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync, __any_sync, __all_sync, again
+//   math      mma_m16n8k16<T>, mma_m16n8k8 (fp16), mma_m16n8k8_tf32, HAS_MMA<T>,
 //             {exp2, log2, rcp, rsqrt}_approx
 //   host      launch({name, grid, threads, shared_bytes, stream}, kernel, arguments...), device()
 //
@@ -66,3 +66,11 @@ struct Launch {
 #include "common/ptx_math.cuh"
 #include "common/ptx_memory.cuh"
 #endif
+
+namespace gptkernels {
+
+// x, from each lane to itself. Neither the compiler nor the assembler (which sees through an empty asm statement) knows
+// that it is x: what is computed from it is computed anew, where registers are too few to keep it from before.
+DEVICE int again(int x) { return __shfl_sync(FULL_WARP, x, (int)threadIdx.x); }
+
+}  // namespace gptkernels

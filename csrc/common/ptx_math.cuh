@@ -102,12 +102,6 @@ DEVICE uint32_t to_tf32(float x) {
     return y;
 }
 
-// x, of which the compiler knows nothing: what is computed from it in a loop is not kept in registers over the loop.
-DEVICE int opaque(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // 2^x, log2 x, 1/x and 1/sqrt(x) within 2 ulp of fp32 (log2: 2^-22 absolutely near 1); denormal numbers count as 0.
 DEVICE float exp2_approx(float x) {
     float y;

@@ -125,7 +125,6 @@ DEVICE void backward_row(const Backward<T, S, W>& p, int64_t n, Packets row, Sha
     };
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if constexpr (!KEEP) row.forget();
         if (!row.exists(k)) continue;
         packets[k] = packet(k);
         Vector<float, N> gradient = to_floats(dy[k]);
@@ -138,9 +137,9 @@ DEVICE void backward_row(const Backward<T, S, W>& p, int64_t n, Packets row, Sha
         }
     }
     Means means = row_means<Packets::ROW>(sum, product, p.inverse_C, scratch);
+    if constexpr (!KEEP) row.forget();
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if constexpr (!KEEP) row.forget();
         if (!row.exists(k)) continue;
         if (!KEEP && p.dtotal) dtotal[k] = load_raw<N>(p.dtotal, row.index_of(k));
         store_dx(p, row.index_of(k), KEEP ? packets[k] : packet(k), means, rstd, dtotal[k]);
@@ -151,9 +150,9 @@ DEVICE void backward_row(const Backward<T, S, W>& p, int64_t n, Packets row, Sha
 // a warp's stores are contiguous. Single columns lie in their own order.
 template <int K, int N, class Packets>
 DEVICE void store_sums(Global<float> to, Packets row, const Vector<float, N> (&sums)[K]) {
+    if constexpr (N == 1) row.forget();
     UNROLL
     for (int k = 0; k < K; ++k) {
-        if constexpr (N == 1) row.forget();
         if (!row.exists(k)) continue;
         if constexpr (N == 1) store(to + row.column_of(k), sums[k]);
         UNROLL

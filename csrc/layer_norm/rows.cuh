@@ -53,8 +53,8 @@ struct Packets {
         column = (int)threadIdx.x % threads() * N;
         begin = row * C;
     }
-    // Where registers are short: no address computed so far is worth keeping.
-    DEVICE void forget() { column = opaque(column); }
+    // Where registers are short: no column, address or predicate that was computed so far is kept beyond here.
+    DEVICE void forget() { column = again(column); }
     DEVICE static int threads() { return ROW_THREADS ? ROW_THREADS : (int)blockDim.x; }
     DEVICE int column_of(int k) const { return column + k * (threads() * N); }
     DEVICE int64_t index_of(int k) const { return begin + column_of(k); }

@@ -60,8 +60,6 @@ DEVICE uint32_t to_tf32(float x) {
     return std::isfinite(x) ? (u + 0x1000) & ~0x1fffu : x == x ? u : 0x7fffffff;
 }
 
-DEVICE int opaque(int x) { return x; }
-
 DEVICE float exp2_approx(float x) {
     simt::count(simt::Class::APPROXIMATION);
     return simt::flush(std::exp2(simt::flush(x)));
