@@ -1,6 +1,7 @@
 """gelu_mlp on CUDA: GELU in the epilogues of csrc/mlp's products, or in a pass beside cuBLAS's where those are faster.
 
-The same code runs backend="simt" on CPU tensors, with csrc/mlp's products.
+cuBLASLt's own epilogues (GELU_AUX_BIAS, DGELU_BGRAD) are not used: of them torch offers only the one that does not leave
+h, which the backward needs. The same code runs backend="simt" on CPU tensors, with csrc/mlp's products.
 """
 
 from __future__ import annotations
