@@ -1,6 +1,7 @@
 """The CUDA kernels compiled by nvcc for GPUs that are not here, and counted by csrc/simt: `gptkernels kernels`.
 
-A part of what `make gpu-static` compiles: attention's forward, LayerNorm's and cross-entropy, for sm_80.
+A part of what `make gpu-static` compiles: attention's forward and two of its gradients, LayerNorm's forward and
+cross-entropy, for sm_80.
 """
 
 import dataclasses
@@ -32,6 +33,36 @@ def test_attention_uses_tensor_cores():
         assert kernel.spilled == 0 and kernel.tensor_cores >= 128 and kernel.cp_async and kernel.ldmatrix, kernel
         assert (kernel.widest_load, kernel.widest_store) == (16, 16) and kernel.registers <= 255
         assert kernel.threads in (128, 256), kernel
+
+
+# The two gradients with the fewest registers to spare: in one pass, which holds dq beside dk and dv, and with one stage,
+# which holds Q's fragments.
+TIGHT = """
+#include "attention/attention_key_gradient.cuh"
+#include "attention/attention_query_gradient.cuh"
+namespace gptkernels {
+using In = Heads<const bf16>;
+using Out = Heads<bf16>;
+using Floats = Global<float>;
+using Terms = Global<const float>;
+using Seed = Global<const int64_t>;
+template __global__ void attention_key_gradient<GradientTile<bf16, 64, true, 2, 4, 1, 32, 2, true>>(
+    In, In, In, In, Terms, Out, Out, Floats, Seed, AttentionSizes);
+template __global__ void attention_query_gradient<GradientTile<bf16, 128, false, 2, 4, 2, 64, 1>>(
+    In, In, In, In, In, Terms, Floats, Out, Seed, AttentionSizes);
+}
+"""
+
+
+@needs_nvcc
+def test_gradients_short_of_registers_do_not_spill(tmp_path):
+    path = tmp_path / "tight_cuda.cu"
+    path.write_text(TIGHT)
+    kernels = static_cuda.kernels_of(path, 80)
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
+        assert kernel.registers > 240 and kernel.tensor_cores and kernel.cp_async and kernel.ldmatrix, kernel
 
 
 @needs_nvcc

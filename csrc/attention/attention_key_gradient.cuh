@@ -20,6 +20,30 @@ struct KeyGradientMemory {
         DS_BYTES = Tile::ONE_PASS ? OnePass<Tile>::BYTES : Tile::EXCHANGE, BYTES = DS + DS_BYTES;
 };
 
+// The queries that stream past: what a thread copies of each tile of q and dout, and of the rows' terms.
+template <class Tile>
+struct QueryStream {
+    using T = typename Tile::T;
+    static constexpr int STREAM = Tile::STREAM, TILE = STREAM * Tile::D;
+
+    Copy<T, Tile::D, STREAM, Tile::THREADS> q, dout;
+    Global<const float> terms;  // the thread's packet: STREAM / 4 packets are lse, the next as many delta
+    unsigned thread;
+
+    DEVICE QueryStream(const Heads<const T>& q, const Heads<const T>& dout, Global<const float> terms, int b, int h,
+                       int first, const AttentionSizes& p, unsigned thread)
+        : q(q, b, h, first, p.T, p.D, thread), dout(dout, b, h, first, p.T, p.D, thread), thread(thread) {
+        const int kind = thread / (STREAM / 4);
+        this->terms = terms + ((((int64_t)b * p.H + h) * 2 + kind) * rows_of_terms(p) + thread % (STREAM / 4) * 4);
+    }
+    // Start copying rows [m, m + STREAM).
+    DEVICE void start(Shared<T> tile, Shared<float> row_memory, int m) {
+        q.start(tile, m);
+        dout.start(tile + TILE, m);
+        if (thread < STREAM / 2) cp_async16(row_memory + 4 * (int)thread, terms + m);
+    }
+};
+
 // P^T and dS^T of a warp's tile: keys down, queries across.
 template <class Tile>
 struct KeyGradientScores {
@@ -84,8 +108,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     using Scores = KeyGradientScores<Tile>;
     constexpr int D = Tile::D, OWNED = Tile::OWNED, STREAM = Tile::STREAM, STAGES = Tile::STAGES,
                   THREADS = Tile::THREADS, M_TILES = Tile::M_TILES, N_TILES = Tile::N_TILES, TILE = STREAM * D;
-    const Place<Tile> place;
-    const int lane = place.lane, n = blockIdx.x * OWNED, h = blockIdx.y, b = blockIdx.z, offset = p.S - p.T;
+    const Place<Tile> kept(threadIdx.x);
+    const int n = blockIdx.x * OWNED, h = blockIdx.y, b = blockIdx.z, offset = p.S - p.T;
     // No row before `first` sees any key of the block; every row from `free` on sees all of them.
     const int first = (n - offset > 0 ? n - offset : 0) / STREAM * STREAM;
     const int all_see = n + OWNED - 1 - offset > 0 ? n + OWNED - 1 - offset : 0;
@@ -97,14 +121,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Shared<uint32_t> p_memory = dynamic_shared<uint32_t>(Memory::P, Tile::EXCHANGE / 4);
     Shared<uint32_t> ds_memory = dynamic_shared<uint32_t>(Memory::DS, Memory::DS_BYTES / 4);
     Copy<T, D, OWNED, THREADS> k_rows(k, b, h, n, p.S, p.D), v_rows(v, b, h, n, p.S, p.D);
-    Copy<T, D, STREAM, THREADS> q_rows(q, b, h, first, p.T, p.D), dout_rows(dout, b, h, first, p.T, p.D);
-    // A thread's packet of the terms: STREAM / 4 of them are lse, the next as many delta.
-    const int kind = threadIdx.x / (STREAM / 4);
-    terms = terms + (((int64_t)b * p.H + h) * 2 + kind) * rows_of_terms(p) + threadIdx.x % (STREAM / 4) * 4;
+    // In one pass, which holds dq too, there are no registers left, up to D = 64 or for what dropout needs: where a
+    // thread stands, what it copies and the seed are then found anew for each tile.
+    constexpr bool FIND_AGAIN = Tile::ONE_PASS && (Tile::DROPOUT || Tile::SPLIT == 1);
+    QueryStream<Tile> stream(q, dout, terms, b, h, first, p, threadIdx.x);
     auto start = [&](int m, int stage) {
-        q_rows.start(streamed + 2 * stage * TILE, m);
-        dout_rows.start(streamed + (2 * stage + 1) * TILE, m);
-        if (threadIdx.x < STREAM / 2) cp_async16(row_memory + (2 * stage * STREAM + 4 * (int)threadIdx.x), terms + m);
+        if (FIND_AGAIN) stream = QueryStream<Tile>(q, dout, terms, b, h, m, p, again(threadIdx.x));
+        stream.start(streamed + 2 * stage * TILE, row_memory + 2 * stage * STREAM, m);
     };
 
     k_rows.start(k_tile, n);
@@ -112,19 +135,18 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (STAGES > 1 && first < p.T) start(first, 0);
     cp_async_commit();
 
-    const Shared<T> k_place = left_place<D>(k_tile, lane) + place.row * D;
-    const Shared<T> v_place = left_place<D>(v_tile, lane) + place.row * D;
-    auto k_left = [&](uint32_t (&a)[4], int i, int s) { load_left<D>(a, k_place, 16 * i, s); };
-    auto v_left = [&](uint32_t (&a)[4], int i, int s) { load_left<D>(a, v_place, 16 * i, s); };
-
-    const Dropout dropout = {Tile::DROPOUT ? (uint64_t)seed[0] : 0, p.drop_below, (uint32_t)h, (uint32_t)b};
     const float scale_log2 = p.scale * LOG2E;
     float dk_acc[M_TILES][Tile::D_TILES][4] = {}, dv_acc[M_TILES][Tile::D_TILES][4] = {};
     const OnePass<Tile> one_pass = {ds_memory.template as<T>()};
-    dq_sums = dq_sums + ((int64_t)b * p.H + h) * rows_of_terms(p) * D;
     int stage = 0;
     auto queries = [&](int m, auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
+        const Place<Tile> place = FIND_AGAIN ? Place<Tile>(again(threadIdx.x)) : kept;
+        const int lane = place.lane;
+        const Shared<T> k_place = left_place<D>(k_tile, lane) + place.row * D;
+        const Shared<T> v_place = left_place<D>(v_tile, lane) + place.row * D;
+        auto k_left = [&](uint32_t (&a)[4], int i, int s) { load_left<D>(a, k_place, 16 * i, s); };
+        auto v_left = [&](uint32_t (&a)[4], int i, int s) { load_left<D>(a, v_place, 16 * i, s); };
         const int diagonal = m + offset - n - place.row;  // of the group's first key
         const bool seen = !MASKED || diagonal + STREAM > 0;
         if (STAGES == 1) {
@@ -150,6 +172,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                 for (int j = 0; j < N_TILES; ++j) UNROLL
                 for (int e = 0; e < 4; ++e) dp[i][j][e] = 0.0f;
                 inner_product<D>(dp, v_left, right_place<D>(dout_tile, lane) + column * D);
+                const uint64_t key = (uint64_t)seed[FIND_AGAIN ? again(0) : 0];
+                const Dropout dropout = {key, p.drop_below, (uint32_t)h, (uint32_t)b};
                 uint32_t keep[M_TILES];
                 UNROLL
                 for (int i = 0; i < M_TILES; ++i)
@@ -178,7 +202,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             if constexpr (Tile::ONE_PASS) ds.add_product(dk_acc, q_place, place, one_pass.fragments(place));
             else ds.add_product(dk_acc, q_place, place, Exchange<Tile>{ds_memory, place});
         }
-        if constexpr (Tile::ONE_PASS) one_pass.add(k_tile, dq_sums + (int64_t)m * D, lane);
+        if constexpr (Tile::ONE_PASS)
+            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + h) * rows_of_terms(p) + m) * D);
         if (STAGES > 1) stage = 1 - stage;
     };
     for (int m = first; m < free; m += STREAM) queries(m, std::true_type());
@@ -186,10 +211,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 
     cp_async_wait<0>();
     __syncthreads();
-    const Place<Tile> again;  // found anew: no register keeps it during the loops
+    const Place<Tile> place(again(threadIdx.x));  // no register keeps it during the loops
     // One key alone has a weight of 1 whatever its score: its gradient is 0, not a rounding error.
-    store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, again);
-    store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, again);
+    store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, place);
+    store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, place);
     __syncthreads();
     copy_out<T, D, OWNED, THREADS>(k_tile, dk, b, h, n, p.S, p.D);
     copy_out<T, D, OWNED, THREADS>(v_tile, dv, b, h, n, p.S, p.D);

@@ -84,8 +84,11 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     constexpr int D = Tile::D, OWNED = Tile::OWNED, STREAM = Tile::STREAM, STAGES = Tile::STAGES,
                   THREADS = Tile::THREADS, M_TILES = Tile::M_TILES, N_TILES = Tile::N_TILES, TILE = STREAM * D,
                   Q_KEPT = Memory::KEEP_Q ? D / 16 : 1, DOUT_KEPT = Memory::KEEP_DOUT ? D / 16 : 1;
-    const Place<Tile> place;
-    const int lane = place.lane, m = (gridDim.x - 1 - blockIdx.x) * OWNED, h = blockIdx.y, b = blockIdx.z;
+    // With one stage, where a thread stands and what it copies are found anew for each tile: beside Q's fragments there
+    // are no registers for them.
+    constexpr bool FIND_AGAIN = STAGES == 1;
+    const Place<Tile> kept(threadIdx.x);
+    const int m = (gridDim.x - 1 - blockIdx.x) * OWNED, h = blockIdx.y, b = blockIdx.z;
     const int offset = p.S - p.T, free = (m + offset + 1 > 0 ? m + offset + 1 : 0) / STREAM * STREAM;
     const int last = m + OWNED + offset < p.S ? m + OWNED + offset : p.S;
 
@@ -96,8 +99,15 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Copy<T, D, OWNED, THREADS> q_rows(q, b, h, m, p.T, p.D), dout_rows(dout, b, h, m, p.T, p.D);
     Copy<T, D, STREAM, THREADS> k_rows(k, b, h, 0, p.S, p.D), v_rows(v, b, h, 0, p.S, p.D);
     auto start = [&](int n, int stage) {
-        k_rows.start(streamed + 2 * stage * TILE, n);
-        v_rows.start(streamed + (2 * stage + 1) * TILE, n);
+        Shared<T> tile = streamed + 2 * stage * TILE;
+        if constexpr (FIND_AGAIN) {
+            const unsigned thread = again(threadIdx.x);
+            Copy<T, D, STREAM, THREADS>(k, b, h, n, p.S, p.D, thread).start(tile, n);
+            Copy<T, D, STREAM, THREADS>(v, b, h, n, p.S, p.D, thread).start(tile + TILE, n);
+        } else {
+            k_rows.start(tile, n);
+            v_rows.start(tile + TILE, n);
+        }
     };
 
     q_rows.start(q_tile, m);
@@ -120,34 +130,40 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     cp_async_wait<1>();
     __syncthreads();
 
-    const Shared<T> q_place = left_place<D>(q_tile, lane) + place.row * D;
-    const Shared<T> dout_place = left_place<D>(dout_tile, lane) + place.row * D;
     uint32_t q_kept[Q_KEPT][M_TILES][4], dout_kept[DOUT_KEPT][M_TILES][4];
-    UNROLL
-    for (int i = 0; i < M_TILES; ++i) {
-        if (Memory::KEEP_Q) UNROLL
-        for (int s = 0; s < Q_KEPT; ++s) load_left<D>(q_kept[s][i], q_place, 16 * i, s);
-        if (Memory::KEEP_DOUT) UNROLL
-        for (int s = 0; s < DOUT_KEPT; ++s) load_left<D>(dout_kept[s][i], dout_place, 16 * i, s);
+    {
+        const Shared<T> q_place = left_place<D>(q_tile, kept.lane) + kept.row * D;
+        const Shared<T> dout_place = left_place<D>(dout_tile, kept.lane) + kept.row * D;
+        UNROLL
+        for (int i = 0; i < M_TILES; ++i) {
+            if (Memory::KEEP_Q) UNROLL
+            for (int s = 0; s < Q_KEPT; ++s) load_left<D>(q_kept[s][i], q_place, 16 * i, s);
+            if (Memory::KEEP_DOUT) UNROLL
+            for (int s = 0; s < DOUT_KEPT; ++s) load_left<D>(dout_kept[s][i], dout_place, 16 * i, s);
+        }
     }
-    auto q_left = [&](uint32_t (&a)[4], int i, int s) {
-        if (Memory::KEEP_Q) UNROLL
-        for (int e = 0; e < 4; ++e) a[e] = q_kept[s % Q_KEPT][i][e];
-        else load_left<D>(a, q_place, 16 * i, s);
-    };
-    auto dout_left = [&](uint32_t (&a)[4], int i, int s) {
-        if (Memory::KEEP_DOUT) UNROLL
-        for (int e = 0; e < 4; ++e) a[e] = dout_kept[s % DOUT_KEPT][i][e];
-        else load_left<D>(a, dout_place, 16 * i, s);
-    };
 
-    const QueryGradientRows<Tile> rows(row_memory, place.row, lane);
     const Dropout dropout = {Tile::DROPOUT ? (uint64_t)seed[0] : 0, p.drop_below, (uint32_t)h, (uint32_t)b};
     const float scale_log2 = p.scale * LOG2E;
     float acc[M_TILES][Tile::D_TILES][4] = {};
     int stage = 0;
     auto keys = [&](int n, auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
+        const Place<Tile> place = FIND_AGAIN ? Place<Tile>(again(threadIdx.x)) : kept;
+        const int lane = place.lane;
+        const Shared<T> q_place = left_place<D>(q_tile, lane) + place.row * D;
+        const Shared<T> dout_place = left_place<D>(dout_tile, lane) + place.row * D;
+        auto q_left = [&](uint32_t (&a)[4], int i, int s) {
+            if (Memory::KEEP_Q) UNROLL
+            for (int e = 0; e < 4; ++e) a[e] = q_kept[s % Q_KEPT][i][e];
+            else load_left<D>(a, q_place, 16 * i, s);
+        };
+        auto dout_left = [&](uint32_t (&a)[4], int i, int s) {
+            if (Memory::KEEP_DOUT) UNROLL
+            for (int e = 0; e < 4; ++e) a[e] = dout_kept[s % DOUT_KEPT][i][e];
+            else load_left<D>(a, dout_place, 16 * i, s);
+        };
+        const QueryGradientRows<Tile> rows(row_memory, place.row, lane);
         const int diagonal = m + place.row + offset - n;  // of the group's first row
         const bool seen = !MASKED || diagonal + Tile::WARP_ROWS > 0;
         if (STAGES == 1) {
@@ -187,8 +203,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 
     cp_async_wait<0>();
     __syncthreads();
-    const Place<Tile> again;  // found anew: no register keeps it during the loops
-    store_gradient<Tile>(acc, p.scale, dout_tile, again);
+    const Place<Tile> place(again(threadIdx.x));  // no register keeps it during the loops
+    store_gradient<Tile>(acc, p.scale, dout_tile, place);
     __syncthreads();
     copy_out<T, D, OWNED, THREADS>(dout_tile, dq, b, h, m, p.T, p.D);
 }

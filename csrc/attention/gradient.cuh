@@ -34,9 +34,9 @@ template <class Tile>
 struct Place {
     int lane, row, part;  // the group's first row of the block's, the warp's part of its group
 
-    DEVICE Place() {
-        int warp = __shfl_sync(FULL_WARP, (int)threadIdx.x / 32, 0);
-        lane = threadIdx.x % 32;
+    DEVICE explicit Place(unsigned thread) {
+        int warp = __shfl_sync(FULL_WARP, (int)thread / 32, 0);
+        lane = thread % 32;
         row = warp / Tile::SPLIT * Tile::WARP_ROWS;
         part = warp % Tile::SPLIT;
     }

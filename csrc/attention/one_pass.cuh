@@ -39,8 +39,9 @@ struct OnePass {
     }
 
     // sums += dS K for the streamed tile's queries, whose sums start at `sums`.
-    DEVICE void add(Shared<T> k_tile, Global<float> sums, int lane) const {
-        const int warp = __shfl_sync(FULL_WARP, (int)threadIdx.x / 32, 0);
+    DEVICE void add(Shared<T> k_tile, Global<float> sums) const {
+        const unsigned thread = again(threadIdx.x);  // no register keeps these addresses beside dk, dv and the scores
+        const int lane = thread % 32, warp = __shfl_sync(FULL_WARP, (int)thread / 32, 0);
         const int query = warp / (D / COLUMNS) * QUERIES, column = warp % (D / COLUMNS) * COLUMNS;
         Shared<T> left = right_place<STREAM>(ds, lane), right = left_place<D>(k_tile, lane);
         sums = sums + ((query / 16 * (D / 8) + column / 8) * 128 + lane);

@@ -58,9 +58,10 @@ struct Copy {
     int stride, from;       // in packets, of which 2^31 are 32 GiB: a launcher checks that no head is as long
     int at, rows, columns;  // its place in a tile, and how many rows and columns there are from its own on
 
-    DEVICE Copy(const Heads<const T>& x, int b, int h, int first, int end, int D_in_memory)
+    DEVICE Copy(const Heads<const T>& x, int b, int h, int first, int end, int D_in_memory,
+                unsigned thread = threadIdx.x)
         : head(x.head(b, h)), stride((int)(x.stride_t / 8)) {
-        int row = threadIdx.x / GROUP, packet = threadIdx.x % GROUP;
+        int row = thread / GROUP, packet = thread % GROUP;
         from = (first + row) * stride + packet;
         at = Swizzle<D>::offset(row, packet);
         rows = end - row;

@@ -71,6 +71,9 @@ namespace gptkernels {
 
 // x, from each lane to itself. Neither the compiler nor the assembler (which sees through an empty asm statement) knows
 // that it is x: what is computed from it is computed anew, where registers are too few to keep it from before.
-DEVICE int again(int x) { return __shfl_sync(FULL_WARP, x, (int)threadIdx.x); }
+template <class T>
+DEVICE T again(T x) {
+    return __shfl_sync(FULL_WARP, x, (int)threadIdx.x);
+}
 
 }  // namespace gptkernels
