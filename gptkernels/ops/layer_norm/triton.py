@@ -382,6 +382,7 @@ def layer_norm_backward(
     sums = [x.new_empty((programs, C), dtype=torch.float32) if g.numel() else None for g in (dweight, dbias)]
     launch(backward_kernel, (programs,), device, dy, dtotal, x, weight, mean, rstd, dx, *sums, N, **tile)
     if sums[0] is not None or sums[1] is not None:
-        sum_tile = {"C": C, "BLOCK_ROWS": SUM_ROWS, "BLOCK_COLUMNS": SUM_COLUMNS, "num_warps": 8}
+        sum_rows = min(SUM_ROWS, triton.next_power_of_2(programs))
+        sum_tile = {"C": C, "BLOCK_ROWS": sum_rows, "BLOCK_COLUMNS": SUM_COLUMNS, "num_warps": 8}
         launch(sum_kernel, (-(-C // SUM_COLUMNS),), device, *sums, dweight, dbias, programs, **sum_tile)
     return dx, dweight, dbias
