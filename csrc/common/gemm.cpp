@@ -19,9 +19,9 @@ constexpr int NR = NV * W;
 // A's panel lie KC + W units apart, so that they do not all fall into one cache set.
 constexpr int64_t KC = 384;
 constexpr int64_t A_STRIDE = KC + W;
-// Units of fp32 that are added one after another. Beside the products of an AVX-512 CPU's BLAS, whose sums are in more
-// pieces, chains of KC erred by 3.6 times as much (x 9 x 380); beside those of an AVX2 one they do not.
-constexpr int64_t CHAIN = W == 16 ? 96 : KC;
+// Units of fp32 that are added one after another, at most: equal chains. A sum in one chain of KC erred by 3.6 times as much as that of
+// an AVX-512 CPU's BLAS (x 9 x 380), and by 1.4 times as much as that of an AVX2 one, whose sums are in more pieces.
+constexpr int64_t CHAIN = W == 16 ? 96 : 192;
 // One vector of slack: see pack_a's last store.
 constexpr int64_t A_PANEL = MR * A_STRIDE + W;
 // Panels of A packed at a time: 100 to 150 KiB, a part of the L2 cache.
@@ -64,8 +64,9 @@ inline void inner_product(vf (&acc)[MR][V], const uint32_t* a, int64_t stride, c
 // starts at zero: adding K numbers in pieces errs by a term in the chain + K / chain, not in K.
 template <Product P, int V, bool ROWS>
 void tile_product(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t units, const float* from, float* to) {
-    int64_t chain = P == Product::FP32 ? CHAIN : KC;
-    for (int64_t u = 0; u == 0 || u < units; u += chain, from = to) {
+    int64_t chains = P == Product::FP32 ? std::max<int64_t>(1, ceil_div(units, CHAIN)) : 1;
+    int64_t chain = ceil_div(units, chains), u = 0;
+    do {
         vf acc[MR][V] = {};
         inner_product<P, V, ROWS>(acc, a + (ROWS ? u : u * MR), stride, b + u * NR, std::min(chain, units - u));
 #pragma GCC unroll 12
@@ -73,7 +74,9 @@ void tile_product(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t 
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v)
                 store(to + i * NR + v * W, from ? acc[i][v] + load(from + i * NR + v * W) : acc[i][v]);
-    }
+        from = to;
+        u += chain;
+    } while (u < units);
 }
 
 struct Problem {
