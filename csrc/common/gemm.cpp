@@ -19,8 +19,9 @@ constexpr int NR = NV * W;
 // A's panel lie KC + W units apart, so that they do not all fall into one cache set.
 constexpr int64_t KC = 384;
 constexpr int64_t A_STRIDE = KC + W;
-// Units of fp32 that are added one after another, at most: equal chains. A sum in one chain of KC erred by 3.6 times as much as that of
-// an AVX-512 CPU's BLAS (x 9 x 380), and by 1.4 times as much as that of an AVX2 one, whose sums are in more pieces.
+// Units of fp32 that are added one after another, at most: equal chains. A sum in one chain of KC erred by 3.6 times as
+// much as that of an AVX-512 CPU's BLAS (x 9 x 380), and by 1.4 times as much as that of an AVX2 one, whose sums are in
+// more pieces.
 constexpr int64_t CHAIN = W == 16 ? 96 : 192;
 // One vector of slack: see pack_a's last store.
 constexpr int64_t A_PANEL = MR * A_STRIDE + W;
