@@ -27,6 +27,15 @@ IGNORE_INDEX = -100
 Seed = int | Tensor
 
 
+def weight_std(width: int) -> float:
+    """Standard deviation of a block's initial weights: GPT-2's 0.02 at its widths, from 768 on.
+
+    Below, what keeps the variance of a layer's output that of width 768, whose inputs are normalised: the sum over fewer
+    inputs asks for larger weights (the reasoning of Glorot & Bengio 2010, section 4.2.1).
+    """
+    return 0.02 * math.sqrt(768 / min(width, 768))
+
+
 class Embedding(nn.Module):
     """Row idx of a (rows, C) table."""
 
@@ -72,7 +81,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, residual_std: float) -> None:
         super().__init__()
         self.n_head, self.p = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias, weight_std(config.n_embd))
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, residual_std)
 
     def forward(self, x: Tensor, seed: Seed | None) -> Tensor:
@@ -102,7 +111,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, residual_std: float) -> None:
         super().__init__()
         self.act = config.act
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, weight_std(config.n_embd))
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +123,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # 2L additions keep the stream's variance that of one
+        # 2L additions keep the stream's variance that of one.
+        residual_std = weight_std(config.n_embd) / math.sqrt(2 * config.n_layer)
         self.layer, self.p = layer, config.dropout
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
         self.attn = Attention(config, residual_std)

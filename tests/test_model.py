@@ -233,18 +233,19 @@ def test_sinusoidal_positions_are_the_papers_scaled():
             assert math.isclose(table[t, 2 * i + 1], 0.02 * math.sqrt(2) * math.cos(angle), abs_tol=1e-15)
 
 
-def test_initial_weights_are_gpt2s():
+@pytest.mark.parametrize("width, std", [(128, 0.02 * math.sqrt(6)), (768, 0.02), (1024, 0.02)])
+def test_initial_weights_are_gpt2s(width, std):
     torch.manual_seed(0)
-    config = replace(CONFIG, vocab_size=500, n_embd=128, n_layer=8)
-    gpt = GPT(config)
-    block = gpt.transformer.h[3]
-    for weight, std in (
+    gpt = GPT(replace(CONFIG, vocab_size=500, n_embd=width, n_head=8, n_layer=2))
+    block = gpt.transformer.h[1]
+    for weight, expected in (
         (gpt.transformer.wte.weight, 0.02),
-        (block.attn.c_attn.weight, 0.02),
-        (block.attn.c_proj.weight, 0.02 / 4),
-        (block.mlp.c_proj.weight, 0.02 / 4),
+        (block.attn.c_attn.weight, std),
+        (block.mlp.c_fc.weight, std),
+        (block.attn.c_proj.weight, std / 2),
+        (block.mlp.c_proj.weight, std / 2),
     ):
-        assert math.isclose(weight.std().item(), std, rel_tol=0.05)
+        assert math.isclose(weight.std().item(), expected, rel_tol=0.05)
     assert not block.mlp.c_fc.bias.any() and bool((block.ln_1.weight == 1).all())
 
 
