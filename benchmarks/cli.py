@@ -58,10 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (ops, train, scaling):
         add_options(command)
     plot = commands.add_parser(
-        "plot", help="pictures (PNG and SVG) of results: roofline, speed-ups, cost against sizes"
+        "plot", help="pictures (PNG and SVG) of results: roofline, speed-ups, cost against sizes, loss against time"
     )
     plot.add_argument(
-        "files", nargs="+", type=user_path, metavar="FILE", help="JSON of bench ops, train or scaling --out"
+        "files", nargs="+", type=user_path, metavar="FILE", help="JSON of bench --out, or a run's result.json"
     )
     plot.add_argument("--out", type=user_path, default=Path("docs"), metavar="FOLDER", help="default docs")
     table = commands.add_parser("table", help="the README's table from committed results")

@@ -1,4 +1,4 @@
-"""`bench plot`: pictures of results, each as PNG and SVG: a roofline, speed-ups, cost against a size.
+"""`bench plot`: pictures of results, each as PNG and SVG: a roofline, speed-ups, cost against a size, loss against time.
 
 Drawn by matplotlib (`pip install -e '.[plot]'`). A picture says which machine, versions and commit its figures are from, and
 the same results give the same file.
@@ -56,20 +56,36 @@ SETTINGS = {
 
 
 def plot(files: Sequence[Path], folder: Path) -> Iterator[Path]:
-    """Draw all pictures of the files; the paths as they are written."""
+    """Draw all pictures of the files, the runs among them in one; the paths as they are written."""
     folder.mkdir(parents=True, exist_ok=True)
+    runs: list[Mapping] = []
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
+        if result.get("evaluations"):
+            runs.append(result)
+            of_runs = file.stem
+            continue
         if result.get("command") != "bench" or not result.get("cases"):
-            raise ValueError(f"{file} must be a result of bench ops, train or scaling --out with a case in it")
+            raise ValueError(
+                f"{file} must be a result of bench ops, train or scaling --out with a case in it, or the result.json of a "
+                "run that was evaluated"
+            )
         with pyplot.rc_context(SETTINGS):
             for name, figure in pictures(result):
-                figure.text(0.01, 0.005, provenance(result), fontsize=6, color="#555555")
-                for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                    path = folder / f"{file.stem}-{name}{suffix}"
-                    figure.savefig(path, dpi=160, metadata=metadata)
-                    yield path
-                pyplot.close(figure)
+                yield from written(figure, provenance(result), folder / f"{file.stem}-{name}")
+    if runs:
+        with pyplot.rc_context(SETTINGS):
+            yield from written(losses(runs), run_provenance(runs), folder / f"{of_runs}-loss")
+
+
+def written(figure: Figure, foot: str, stem: Path) -> Iterator[Path]:
+    """Write a picture in both forms, with the line that says where its figures are from."""
+    figure.text(0.01, 0.005, foot, fontsize=6, color="#555555")
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        path = stem.with_name(stem.name + suffix)
+        figure.savefig(path, dpi=160, metadata=metadata)
+        yield path
+    pyplot.close(figure)
 
 
 def pictures(result: Mapping) -> Iterator[tuple[str, Figure]]:
@@ -220,6 +236,30 @@ def draw_lines(axes: Axes, cases: Sequence[Mapping], value: Value) -> None:
             if points:
                 style = {"color": colour(column), "marker": MARKERS.get(op, "x"), "ms": 4}
                 axes.plot(*zip(*points, strict=True), label=f"{op}, {NAMES.get(column, column)}", **style)
+
+
+def losses(runs: Sequence[Mapping]) -> Figure:
+    """The validation loss of runs against the seconds that they had trained."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.8), layout="constrained")
+    for run in runs:
+        model = run["config"]["train.model"]
+        _, seconds, loss = zip(*run["evaluations"], strict=True)
+        label = f"{model} model: {loss[-1]:.3f} after {run['step']} steps, {seconds[-1]:.0f} s"
+        style = {"color": COLOURS["ours" if model == "fast" else "reference"], "marker": "o", "ms": 4}
+        axes.plot(seconds, loss, label=label, **style)
+    axes.set(title="Validation loss against time", xlabel="seconds in steps of training", ylabel="nats a token")
+    axes.set_xlim(left=0)
+    axes.legend(fontsize=8)
+    return with_foot(figure)
+
+
+def run_provenance(runs: Sequence[Mapping]) -> str:
+    """Where the figures of runs are from."""
+    lines = [
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit'][:12]}, {m['date'][:10]}"
+        for m in (run["machine"] for run in runs)
+    ]
+    return "; ".join(dict.fromkeys(lines))
 
 
 def with_foot(figure: Figure) -> Figure:

@@ -45,6 +45,7 @@ class State:
     unread: list[Outcome] = field(default_factory=list)
     unread_since: float = 0.0
     evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # step, seconds of training, loss
     sample: str = ""
 
     @property

@@ -166,6 +166,7 @@ def mfu(state: State, ms: float | None) -> float | None:
 def keep_evaluation(state: State, progress: Progress) -> None:
     """Write the best checkpoint and a sample of a state that has just been evaluated."""
     loss, random = state.evaluation["val_loss"], state.evaluation["val_loss_random"]
+    state.evaluations.append((state.step, train_seconds(state), loss))
     improved = loss < state.best_val_loss
     if improved:
         state.best_step, state.best_val_loss = state.step, loss
@@ -186,8 +187,16 @@ def recent_ms(step_ms: Sequence[float]) -> float | None:
     return statistics.median(recent) if recent else None
 
 
+def train_seconds(state: State) -> float:
+    """Seconds of this process in steps of training, without evaluations and what is written."""
+    return sum(state.step_ms) / 1e3
+
+
 def result_of(state: State, seconds: float) -> dict[str, Any]:
-    """Every figure of a run; ms is the median step without the first ones of the process. None: not measured."""
+    """Every figure of a run; ms is the median step without the first ones of the process. None: not measured.
+
+    evaluations are this process's: step, train_seconds so far and validation loss.
+    """
     t = state.config.train
     steps = state.step_ms[WARM_STEPS:] or state.step_ms
     ms = statistics.median(steps) if steps else None
@@ -199,7 +208,8 @@ def result_of(state: State, seconds: float) -> dict[str, Any]:
         "best_val_loss": state.best_val_loss if state.best_step else None,
         "best_step": state.best_step,
         "seconds": seconds,
-        "train_seconds": sum(state.step_ms) / 1e3,
+        "train_seconds": train_seconds(state),
+        "evaluations": state.evaluations,
         "ms": ms,
         "tokens_per_s": state.tokens / ms * 1e3 if ms else None,
         "mfu": mfu(state, ms),

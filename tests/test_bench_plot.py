@@ -98,6 +98,26 @@ def test_a_file_that_is_no_result(drawing, tmp_path, capsys):
     assert "must be a result of bench" in capsys.readouterr().err
 
 
+def test_loss_of_runs_against_time(drawing, tmp_path):
+    machine = {
+        "device": "a CPU",
+        "threads": 2,
+        "torch": "2.13.0",
+        "commit": "0123456789abcdef",
+        "date": "2026-11-26T10",
+    }
+    runs = []
+    for model, speed in (("fast", 1.0), ("reference", 2.0)):
+        run = {"config": {"train.model": model}, "step": 20, "machine": machine}
+        points = [[10, 5.0 * speed, 3.0], [20, 10.0 * speed, 2.5]]
+        runs.append(written(tmp_path / f"run-{model}.json", run, evaluations=points))
+    pictures = draw(tmp_path / "out", *runs)
+    assert set(pictures) == {"run-reference-loss.png", "run-reference-loss.svg"}
+    text = words_of(pictures["run-reference-loss.svg"])
+    assert "fast model: 2.500 after 20 steps, 10 s" in text and "reference model: 2.500 after 20 steps, 20 s" in text
+    assert text.count("a CPU, 2 threads, torch 2.13.0, commit 0123456789ab, 2026-11-26") == 1
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "benchmarks.plot", raising=False)

@@ -178,6 +178,11 @@ def test_the_files_of_a_run(settings, tmp_path):
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if row["val_loss"]] == ["4", "8", "12"]
     assert float(rows[-1]["val_loss"]) == pytest.approx(result["val_loss"], rel=1e-5)
+    steps, seconds, losses = zip(*result["evaluations"], strict=True)
+    assert [(str(step), f"{loss:.6g}") for step, loss in zip(steps, losses, strict=True)] == [
+        (row["step"], row["val_loss"]) for row in rows if row["val_loss"]
+    ]
+    assert 0 < seconds[0] < seconds[-1] == result["train_seconds"]
     env = json.loads((folder / "env.json").read_text())
     assert env["torch"] == torch.__version__ and env["data_sha256"] == result["data_sha256"]
     assert env["backends"].keys() >= {"causal_attention", "layer_norm", "linear", "gelu_mlp", "linear_cross_entropy"}
