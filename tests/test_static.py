@@ -56,6 +56,16 @@ def test_registers_suffice_at_head_dim_128(size):
         assert static.problems(found, case.dtype) == [], f"{launch.name}: {found}"
 
 
+def test_registers_suffice_beside_the_sums_of_dq():
+    """The one-pass form at head dim 256, whose dk, dv and dq are all sums in registers."""
+    case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", "D=256 atomics", torch.bfloat16))
+    with static.recorded(80) as launches:
+        case.run("cuda:80")
+    (launch,) = (launch for launch in launches if launch.name == "key_gradient_kernel")
+    found = static.figures(launch)
+    assert static.problems(found, case.dtype) == [], found
+
+
 @triton.jit
 def copy_kernel(x_ptr, out_ptr, scale, size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

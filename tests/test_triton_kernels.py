@@ -134,6 +134,9 @@ def test_one_pass_attention_backward(monkeypatch, dtype, dropout):
     check_against_oracle(
         partial(causal_attention, scale=-0.3), lambda seed: attention_inputs(1, 1, 9, 9, 24, dtype, seed), "triton"
     )
+    check_against_oracle(call, lambda seed: attention_inputs(1, 1, 35, 20, 136, dtype, seed), "triton", draws=1)
+    # One key, one weight of 1, and no gradient at all, not even a rounding error.
+    check_against_oracle(call, lambda seed: attention_inputs(1, 2, 1, 1, 64, dtype, seed), "triton")
 
 
 @triton.jit

@@ -93,23 +93,26 @@ def query_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout
 def key_gradient_tiles(
     dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False, atomics: bool = False
 ) -> dict[str, Any]:
-    """Tile of dk and dv. Both have D columns: above 64, 16 rows a warp; above 128 a warp has part of the columns instead."""
+    """Tile of dk and dv. Both have D columns: above 64, 16 rows a warp; above 128 a warp has part of the columns instead.
+
+    With atomics dq's sums take registers too, so tiles are smaller.
+    """
     if dtype == torch.float32:
-        return tile(32 if D <= 64 else 16, 32, FLOAT_PART, D)
+        return tile(32 if D <= 64 else 16, 32, FLOAT_PART, D, num_warps=8 if atomics and D > 64 else 4)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D > 128:
-            return tile(16, 64, 128, D, num_warps=8)
-        return tile(64 if D <= 64 else 32, 64, part_of(D), D)  # 64 rows at D = 128 spill
+            return tile(16, 32 if atomics else 64, 128, D, num_warps=8)
+        if D > 64:
+            return tile(16 if atomics else 32, 64, part_of(D), D)  # 64 rows spill
+        return tile(64, 64, part_of(D), D)
+    roomy = shared_memory >= DATA_CENTRE_SHARED_MEMORY and not atomics
     if D <= 64:
-        if dropout:
-            return tile(32, 64, 64, D)
-        return tile(32 if shared_memory >= DATA_CENTRE_SHARED_MEMORY else 16, 128, 64, D)
+        return tile(32, 64, 64, D) if dropout else tile(32 if roomy else 16, 128, 64, D)
     if D <= 128:
         if dropout:
             return tile(16, 64, 128, D)
-        held = shared_memory >= DATA_CENTRE_SHARED_MEMORY and not atomics
-        return tile(32 if held else 16, 128, part_of(D), D, num_warps=8, held=held)
-    return tile(64, 16, 64, D)
+        return tile(32 if roomy else 16, 128, part_of(D), D, num_warps=8, held=roomy)
+    return tile(32 if atomics else 64, 16, 64, D)
 
 
 def needs_int64(*strides: Strides) -> bool:

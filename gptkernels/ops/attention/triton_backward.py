@@ -185,6 +185,8 @@ def key_gradient_rows(
     else:
         dv = add_product(dv, p, dout, PRECISION)
         ds = p * (dp - delta[None, :])
+    if ATOMICS and MASKED:  # a row that sees one key has no gradient, not even a rounding error
+        ds = tl.where((m + offset + tl.arange(0, ROWS))[None, :] > 0, ds, 0.0)
     ds = ds.to(q[0].dtype)
     dk = add_product(dk, ds, q, PRECISION)
     if ATOMICS:
