@@ -170,6 +170,11 @@ def operators(backend: str) -> Any:
             return torch.ops.gptkernels
 
 
+def kernels(backend: str) -> Any:
+    """The raw operators for an api.py, which has seen to it that no gradient is recorded there: the shortest way to each."""
+    return triton_backend.DIRECT if backend == "triton" else operators(backend)
+
+
 def say_fallback(reason: str) -> None:
     """Print, once for each reason, that "auto" found nothing faster than plain PyTorch."""
     if reason not in _printed and not torch.compiler.is_compiling():

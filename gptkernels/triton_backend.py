@@ -10,9 +10,16 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gptkernels.library import TRITON
+
+# What arguments are, where no subclass of Tensor is there.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.dtype, float, int, bool, type(None)))
 
 OPERATORS = {
     "attention": (
@@ -61,7 +68,35 @@ def interpreted(op: str, name: str) -> Callable:
     return run
 
 
+def watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a tracer, a transform, a mode, a profiler or a subclass of Tensor is there to see a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not PLAIN.issuperset(map(type, arguments))
+    )
+
+
+def direct(name: str, on_cuda: Callable, on_cpu: Callable) -> Callable:
+    """The operator past PyTorch's dispatcher, which to a function in Python is a way of 8 us, unless the call is watched."""
+
+    def run(*arguments: Any) -> Any:
+        if watched(arguments):
+            return getattr(torch.ops.gptkernels_triton, name)(*arguments)
+        return on_cuda(*arguments) if arguments[0].is_cuda else on_cpu(*arguments)
+
+    return run
+
+
+# Like torch.ops.gptkernels_triton.
+DIRECT = SimpleNamespace()
 for _op, _names in OPERATORS.items():
     for _name in _names:
-        TRITON.impl(_name, compiled(_op, _name), "CUDA")
-        TRITON.impl(_name, interpreted(_op, _name), "CPU")
+        _functions = compiled(_op, _name), interpreted(_op, _name)
+        TRITON.impl(_name, _functions[0], "CUDA")
+        TRITON.impl(_name, _functions[1], "CPU")
+        setattr(DIRECT, _name, direct(_name, *_functions))

@@ -12,6 +12,7 @@ from test_cross_entropy import cross_entropy_inputs
 from test_layer_norm import all_inputs, layer_norm_inputs
 from test_linear import linear_inputs
 from test_mlp import mlp_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gptkernels.library
@@ -22,6 +23,7 @@ from gptkernels import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    triton_backend,
 )
 from gptkernels.backend import operators as namespace
 
@@ -98,6 +100,49 @@ def test_opcheck_without_rows(backend, shape):
 compiles = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*torch.jit:DeprecationWarning"
 )
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def under(manager, call, x):
+    with manager:
+        return call(x)
+
+
+WATCHERS = {
+    "mode": lambda call, x: under(Watch(), call, x),
+    "function mode": lambda call, x: under(torch.device("cpu"), call, x),
+    "profiler": lambda call, x: under(torch.autograd.profiler.profile(), call, x),
+    "subclass": lambda call, x: call(x.as_subclass(Subclass)),
+    "vmap": lambda call, x: torch.func.vmap(call)(x[None])[0],
+    "trace": lambda call, x: torch.jit.trace(call, (x,), check_trace=False)(x),
+    "compile": lambda call, x: torch.compile(call, fullgraph=True, backend="aot_eager")(x),
+}
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("watcher", [None, *WATCHERS])
+def test_triton_goes_past_the_dispatcher_unless_it_is_watched(monkeypatch, watcher):
+    """Under each watcher the operator that it can see is called, as often as it is not without; the result is the same."""
+    ways, once = [], triton_backend.watched
+    monkeypatch.setattr(triton_backend, "watched", lambda arguments: ways.append(once(arguments)) or ways[-1])
+
+    def call(x):
+        return linear(x, weight, backend="triton")
+
+    x, weight = torch.randn(2, 5), torch.randn(3, 5)
+    right = x @ weight.T
+    found = WATCHERS[watcher](call, x) if watcher else call(x)
+    torch.testing.assert_close(torch.Tensor(found), right)
+    assert set(ways) == {watcher is not None}
 
 
 def check_compiled(op, inputs, **options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptkernels.backend import operators
+from gptkernels.backend import kernels
 
 
 def readable(x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def forward(
     backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest score and its sum of exponentials."""
-    return operators(backend).attention_forward(readable(q), readable(k), readable(v), scale, dropout_p, seed)
+    return kernels(backend).attention_forward(readable(q), readable(k), readable(v), scale, dropout_p, seed)
 
 
 def backward(
@@ -34,7 +34,7 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
-    return operators(backend).attention_backward(
+    return kernels(backend).attention_backward(
         readable(dout), readable(q), readable(k), readable(v), out, stats, scale, dropout_p, seed
     )
 
@@ -43,7 +43,7 @@ def packed_forward(
     backend: str, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and stats (B, H, T, 2)."""
-    return operators(backend).attention_packed_forward(readable(qkv), scale, dropout_p, seed)
+    return kernels(backend).attention_packed_forward(readable(qkv), scale, dropout_p, seed)
 
 
 def packed_backward(
@@ -57,6 +57,4 @@ def packed_backward(
     seed: Tensor | None,
 ) -> Tensor:
     """dqkv, contiguous in qkv's layout."""
-    return operators(backend).attention_packed_backward(
-        readable(dout), readable(qkv), out, stats, scale, dropout_p, seed
-    )
+    return kernels(backend).attention_packed_backward(readable(dout), readable(qkv), out, stats, scale, dropout_p, seed)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gptkernels.backend import operators
+from gptkernels.backend import kernels
 
 
 def forward(
     backend: str, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> Tensor:
     """The loss."""
-    return operators(backend).linear_cross_entropy_forward(
+    return kernels(backend).linear_cross_entropy_forward(
         x.contiguous(), weight.contiguous(), targets.contiguous(), ignore_index, mean, vocab_size
     )
 
@@ -24,6 +24,6 @@ def gradients(
     backend: str, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients dx and dweight, both in fp32."""
-    return operators(backend).linear_cross_entropy_gradients(
+    return kernels(backend).linear_cross_entropy_gradients(
         x.contiguous(), weight.contiguous(), targets.contiguous(), ignore_index, mean, vocab_size
     )

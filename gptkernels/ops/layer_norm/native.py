@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptkernels.backend import operators
+from gptkernels.backend import kernels
 from gptkernels.library import contiguous
 
 
@@ -22,9 +22,9 @@ def forward(
     x = x.contiguous()
     weight, bias = contiguous(weight), contiguous(bias)
     if residual is None:
-        y, mean, rstd = operators(backend).layer_norm_forward(x, weight, bias, eps, dtype)
+        y, mean, rstd = kernels(backend).layer_norm_forward(x, weight, bias, eps, dtype)
         return y, x, mean, rstd
-    return operators(backend).add_layer_norm_forward(x, residual.contiguous(), weight, bias, eps, dtype)
+    return kernels(backend).add_layer_norm_forward(x, residual.contiguous(), weight, bias, eps, dtype)
 
 
 def backward(
@@ -38,6 +38,6 @@ def backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum (dtotal, if any, included), dweight and dbias (empty where there is none)."""
-    return operators(backend).layer_norm_backward(
+    return kernels(backend).layer_norm_backward(
         dy.contiguous(), contiguous(dtotal), total, contiguous(weight), has_bias, mean, rstd
     )

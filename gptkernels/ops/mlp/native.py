@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gptkernels.backend import operators
+from gptkernels.backend import kernels
 from gptkernels.library import contiguous
 
 
@@ -12,7 +12,7 @@ def forward(
     backend: str, x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the pre-activation h (..., F) for the backward."""
-    return operators(backend).gelu_mlp_forward(
+    return kernels(backend).gelu_mlp_forward(
         x.contiguous(), w_fc.contiguous(), contiguous(b_fc), w_proj.contiguous(), contiguous(b_proj), tanh
     )
 
@@ -29,6 +29,6 @@ def backward(
     tanh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw_fc, db_fc, dw_proj, db_proj (empty without that bias)."""
-    return operators(backend).gelu_mlp_backward(
+    return kernels(backend).gelu_mlp_backward(
         dy.contiguous(), x.contiguous(), h, w_fc.contiguous(), w_proj.contiguous(), has_b_fc, has_b_proj, tanh
     )
