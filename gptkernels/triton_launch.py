@@ -3,6 +3,7 @@ little time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -75,6 +76,44 @@ def launch_compiled(
         _compiled.clear()
     # With the kernel itself, so that its id stays its own.
     _compiled[key] = kernel, compiled, tuple([constants[name] for name in kernel.arg_names[len(arguments) :]])
+
+
+class Plan:
+    """All of a launch but its tensors, which a kernel takes first: made once and launched often.
+
+    Of such launches the dtypes and the alignment of the tensors are all that the JIT would find to differ.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, numbers: tuple, constants: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.device, self.numbers, self.constants = kernel, grid, device, numbers, constants
+        names = kernel.arg_names
+        self.rest = (*numbers, *(constants[name] for name in names if name in constants))
+        self.compiled: dict[tuple, Callable] = {}
+
+    def launch(self, *tensors: Tensor) -> None:
+        """Launch on the device, whichever is current; an empty grid is no launch."""
+        if 0 in self.grid:
+            return
+        if self.device.type != "cuda":
+            self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        elif self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self.launch_here(tensors)
+        else:
+            self.launch_here(tensors)
+
+    def launch_here(self, tensors: tuple[Tensor, ...]) -> None:
+        """Launch on the current device."""
+        key = tuple([x.dtype if x.data_ptr() % 16 == 0 else (x.dtype, "off 16 bytes") for x in tensors])
+        run = self.compiled.get(key)
+        if run is not None:
+            run(*tensors, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if compiled is not None:  # None in static.py
+            self.compiled[key] = compiled[self.grid + (1, 1)]
 
 
 def specialization(x: Any) -> Any:

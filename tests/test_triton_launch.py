@@ -1,6 +1,7 @@
 """Launches by the compiled kernel: found again for the same arguments only, and in less time than Triton's own launch takes."""
 
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -104,8 +105,29 @@ def test_kernels_are_forgotten_when_there_are_too_many(monkeypatch):
     assert [call[1][1] for call in kernel.by_jit] == [1, 2, 3, 4, 1]
 
 
+def test_a_plan_does_without_the_jit_for_tensors_alike(monkeypatch):
+    kernel, x = Kernel(), torch.zeros(64)
+    plan = triton_launch.Plan(kernel, (4, 2), GPU, (3,), {"BLOCK": 64, "FLAG": True, "num_warps": 4})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for tensor in (x, x[8:], x[1:], x.bfloat16(), x[1:], x.bfloat16()):
+        plan.launch(tensor)
+    given = {"BLOCK": 64, "FLAG": True, "num_warps": 4}
+    assert [(grid, n, constants) for grid, (_, n), constants in kernel.by_jit] == 3 * [((4, 2), 3, given)]
+    assert [(grid, rest) for grid, (_, *rest) in kernel.compiled] == 3 * [((4, 2), [3, 64, True])]
+    assert kernel.compiled[0][1][0].data_ptr() == x[8:].data_ptr()
+
+
+def test_a_plan_launches_on_its_own_device_or_not_at_all(monkeypatch):
+    kernel, x, entered = Kernel(), torch.zeros(64), []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    for grid in ((4, 2), (0, 2)):
+        triton_launch.Plan(kernel, grid, GPU, (3,), {}).launch(x)
+    assert entered == [GPU] and len(kernel.by_jit) == 1
+
+
 def test_a_launch_takes_less_python_than_the_jits(monkeypatch):
-    """A launch of attention's forward, which does nothing here: the JIT takes more than twice as long as the key does."""
+    """A launch of attention's forward, which does nothing here, by plan, by key and by the JIT, which takes most."""
     nothing = SimpleNamespace(packed_metadata=None, function=None, launch_metadata=lambda *_: None, run=lambda *_: None)
     fake = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -116,19 +138,20 @@ def test_a_launch_takes_less_python_than_the_jits(monkeypatch):
     monkeypatch.setattr(
         JITFunction, "_do_compile", lambda self, key, *_: self.device_caches[0][0].setdefault(key, nothing)
     )
-    calls = []
-    monkeypatch.setattr(attention, "launch", lambda *args, **constants: calls.append((args, constants)))
+    launched = []
+    monkeypatch.setattr(triton_launch.Plan, "launch", lambda plan, *tensors: launched.append((plan, tensors)))
     q, k, v = torch.zeros(3, 1, 2, 8, 64, dtype=torch.bfloat16).unbind()
     attention.attention_forward(q, k, v, 0.125, 0.0, None)
-    ((kernel, grid, _, *arguments), constants) = calls[0]
-    jit = kernel[grid]
+    ((plan, tensors),) = launched
+    jit, arguments = plan.kernel[plan.grid], (*tensors, *plan.numbers)
     monkeypatch.setattr(JITFunction, "__getitem__", lambda self, grid: lambda *args, **kwargs: Compiled([]))
 
     def by_key():
-        triton_launch.launch_compiled(kernel, grid, GPU, tuple(arguments), constants)
+        triton_launch.launch_compiled(plan.kernel, plan.grid, GPU, arguments, plan.constants)
 
-    ours, theirs = fastest(by_key), fastest(lambda: jit(*arguments, **constants))
-    assert 1.5 * ours < theirs, f"{1e6 * ours:.1f} us, by the JIT {1e6 * theirs:.1f}"
+    by_jit, by_plan = fastest(lambda: jit(*arguments, **plan.constants)), fastest(lambda: plan.launch_here(tensors))
+    assert 1.5 * fastest(by_key) < by_jit
+    assert 3 * by_plan < by_jit, f"{1e6 * by_plan:.1f} us, by the JIT {1e6 * by_jit:.1f}"
 
 
 def fastest(call, rounds=100, calls=5):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptkernels.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel, row_terms_kernel
 from gptkernels.ops.attention.triton_forward import attention_forward_kernel
-from gptkernels.triton_launch import launch, limits
+from gptkernels.triton_launch import Plan, limits
 
 # Offsets within a tile in 64 bits even where 32 would do: for tests on small tensors.
 FORCE_INT64 = False
@@ -19,8 +19,6 @@ FORCE_INT64 = False
 MAX_BLOCK = 128
 
 Strides = tuple[int, ...]
-# Grid, scalar arguments, constants.
-Plan = tuple[tuple[int], tuple[Any, ...], dict[str, Any]]
 
 # Tiles follow the 255 registers of a thread. With mma.sync (sm_80, 86, 89, 120) operands pass through registers: a warp
 # wants 32 rows, for which a shared-memory read feeds enough products (1 shared cycle a product; 2 with 16 rows), so 4
@@ -170,7 +168,9 @@ def forward_plan(
         *dropout_arguments(dropout_p),
         *(each[2] for each in strides), H * D,
     )  # fmt: skip
-    return (B * H * -(-T // tiles["BLOCK_M"]),), numbers, constants_of(tiles, shape, S, unit, dropout_p, int64, tf32)
+    grid = (B * H * -(-T // tiles["BLOCK_M"]),)
+    constants = constants_of(tiles, shape, S, unit, dropout_p, int64, tf32)
+    return Plan(attention_forward_kernel, grid, device, numbers, constants)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -192,6 +192,7 @@ def backward_plans(
     row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
     key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0, atomics)
     row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
+    row_kernel = row_terms_kernel if atomics else query_gradient_kernel
     if atomics:
         flat, token = strides_of(0, 4)
         numbers = (*flat, H, T, scale, *token)
@@ -206,18 +207,13 @@ def backward_plans(
     else:
         flat, token = strides_of(0, 1, 2, 3, 4, 5)
         numbers = (*flat, *scalars, *token)
-    rows = (B * H * -(-T // row_constants["BLOCK_M"]),), numbers, row_constants
+    rows = Plan(row_kernel, (B * H * -(-T // row_constants["BLOCK_M"]),), device, numbers, row_constants)
     flat, token = strides_of(0, 1, 2, 3, 6)
     key_constants = constants_of(key_tiles, shape, S, unit, dropout_p, int64, tf32)
     # Beside held operands there is room for scores of 16 rows.
     key_constants |= {"ATOMICS": atomics, "ROWS": 16 if key_tiles["HELD"] else key_tiles["BLOCK_M"]}
-    return rows, ((B * H * -(-S // key_tiles["BLOCK_N"]),), (*flat, *scalars, *token), key_constants)
-
-
-def run(kernel: Any, plan: Plan, device: torch.device, *tensors: Tensor) -> None:
-    """Launch by plan."""
-    grid, numbers, constants = plan
-    launch(kernel, grid, device, *tensors, *numbers, **constants)
+    grid = (B * H * -(-S // key_tiles["BLOCK_N"]),)
+    return rows, Plan(key_gradient_kernel, grid, device, (*flat, *scalars, *token), key_constants)
 
 
 def allow_tf32(dtype: torch.dtype) -> bool:
@@ -237,7 +233,7 @@ def forward_into(
     plan = forward_plan(
         dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype)
     )  # fmt: skip
-    run(attention_forward_kernel, plan, device, q, k, v, out, stats, q if seed is None else seed)
+    plan.launch(q, k, v, out, stats, q if seed is None else seed)
     return stats
 
 
@@ -269,12 +265,12 @@ def backward_into(
     terms = q.new_empty((B, H, 3 if dtype == torch.float32 else 2, T), dtype=torch.float32)
     seed = q if seed is None else seed
     if not atomics:
-        run(query_gradient_kernel, rows, device, dout, q, k, v, out, stats, terms, dq, seed)
-        run(key_gradient_kernel, keys, device, dout, q, k, v, terms, dq, dk, dv, seed)
+        rows.launch(dout, q, k, v, out, stats, terms, dq, seed)
+        keys.launch(dout, q, k, v, terms, dq, dk, dv, seed)
         return
     dq_sum = q.new_zeros((B, H, T, D), dtype=torch.float32)
-    run(row_terms_kernel, rows, device, dout, out, stats, terms)
-    run(key_gradient_kernel, keys, device, dout, q, k, v, terms, dq_sum, dk, dv, seed)
+    rows.launch(dout, out, stats, terms)
+    keys.launch(dout, q, k, v, terms, dq_sum, dk, dv, seed)
     dq.copy_(dq_sum.mul_(scale))
 
 
