@@ -35,8 +35,8 @@ def test_attention_uses_tensor_cores():
         assert kernel.threads in (128, 256), kernel
 
 
-# The two gradients with the fewest registers to spare: in one pass, which holds dq beside dk and dv, and with one stage,
-# which holds Q's fragments.
+# The gradients with the fewest registers to spare: in one pass, which holds dq beside dk and dv, and with one stage, which
+# holds Q's fragments or works on tiles as wide as two stages do.
 TIGHT = """
 #include "attention/attention_key_gradient.cuh"
 #include "attention/attention_query_gradient.cuh"
@@ -46,8 +46,13 @@ using Out = Heads<bf16>;
 using Floats = Global<float>;
 using Terms = Global<const float>;
 using Seed = Global<const int64_t>;
-template __global__ void attention_key_gradient<GradientTile<bf16, 64, true, 2, 4, 1, 32, 2, true>>(
-    In, In, In, In, Terms, Out, Out, Floats, Seed, AttentionSizes);
+#define KEY_GRADIENT(...)                                                     \
+    template __global__ void attention_key_gradient<GradientTile<__VA_ARGS__>>( \
+        In, In, In, In, Terms, Out, Out, Floats, Seed, AttentionSizes);
+KEY_GRADIENT(bf16, 64, true, 2, 4, 1, 32, 2, true)
+KEY_GRADIENT(bf16, 64, false, 2, 4, 1, 32, 2)
+KEY_GRADIENT(bf16, 128, true, 2, 2, 2, 64, 1, true)
+KEY_GRADIENT(bf16, 128, true, 2, 2, 2, 64, 1)
 template __global__ void attention_query_gradient<GradientTile<bf16, 128, false, 2, 4, 2, 64, 1>>(
     In, In, In, In, In, Terms, Floats, Out, Seed, AttentionSizes);
 }
@@ -55,11 +60,12 @@ template __global__ void attention_query_gradient<GradientTile<bf16, 128, false,
 
 
 @needs_nvcc
-def test_gradients_short_of_registers_do_not_spill(tmp_path):
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gradients_short_of_registers_do_not_spill(tmp_path, arch):
     path = tmp_path / "tight_cuda.cu"
     path.write_text(TIGHT)
-    kernels = static_cuda.kernels_of(path, 80)
-    assert len(kernels) == 2
+    kernels = static_cuda.kernels_of(path, arch)
+    assert len(kernels) == 5
     for kernel in kernels:
         assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
         assert kernel.registers > 240 and kernel.tensor_cores and kernel.cp_async and kernel.ldmatrix, kernel

@@ -121,12 +121,16 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Shared<uint32_t> p_memory = dynamic_shared<uint32_t>(Memory::P, Tile::EXCHANGE / 4);
     Shared<uint32_t> ds_memory = dynamic_shared<uint32_t>(Memory::DS, Memory::DS_BYTES / 4);
     Copy<T, D, OWNED, THREADS> k_rows(k, b, h, n, p.S, p.D), v_rows(v, b, h, n, p.S, p.D);
-    // In one pass, which holds dq too, there are no registers left, up to D = 64 or for what dropout needs: where a
-    // thread stands, what it copies and the seed are then found anew for each tile.
-    constexpr bool FIND_AGAIN = Tile::ONE_PASS && (Tile::DROPOUT || Tile::SPLIT == 1);
+    // With one stage, and in one pass, which holds dq too, up to D = 64 or with dropout, registers are too few: where
+    // a thread stands, the head, what it copies and the seed are then found anew for each tile. Up to D = 64 its place
+    // always is, and in one pass with one stage and dropout twice.
+    constexpr bool FIND_AGAIN = STAGES == 1 || (Tile::ONE_PASS && (Tile::DROPOUT || Tile::SPLIT == 1));
+    constexpr bool FIND_PLACE = FIND_AGAIN || Tile::SPLIT == 1;
+    constexpr bool FIND_TWICE = Tile::ONE_PASS && Tile::DROPOUT && STAGES == 1;
     QueryStream<Tile> stream(q, dout, terms, b, h, first, p, threadIdx.x);
     auto start = [&](int m, int stage) {
-        if (FIND_AGAIN) stream = QueryStream<Tile>(q, dout, terms, b, h, m, p, again(threadIdx.x));
+        if (FIND_AGAIN)
+            stream = QueryStream<Tile>(q, dout, terms, b, Tile::ONE_PASS ? again(h) : h, m, p, again(threadIdx.x));
         stream.start(streamed + 2 * stage * TILE, row_memory + 2 * stage * STREAM, m);
     };
 
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     int stage = 0;
     auto queries = [&](int m, auto masked) {
         constexpr bool MASKED = decltype(masked)::value;
-        const Place<Tile> place = FIND_AGAIN ? Place<Tile>(again(threadIdx.x)) : kept;
+        const Place<Tile> place = FIND_PLACE ? Place<Tile>(again(threadIdx.x)) : kept;
         const int lane = place.lane;
         const Shared<T> k_place = left_place<D>(k_tile, lane) + place.row * D;
         const Shared<T> v_place = left_place<D>(v_tile, lane) + place.row * D;
@@ -195,12 +199,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         } else if (Tile::ONE_PASS) one_pass.give({}, place);
         if (Tile::SPLIT > 1 || Tile::ONE_PASS) __syncthreads();
         if (seen) {
-            const int columns = place.part * Tile::COLUMNS;
-            Shared<T> q_place = left_place<D>(q_tile, lane) + columns;
-            weights.add_product(dv_acc, left_place<D>(dout_tile, lane) + columns, place,
-                                Exchange<Tile>{p_memory, place});
-            if constexpr (Tile::ONE_PASS) ds.add_product(dk_acc, q_place, place, one_pass.fragments(place));
-            else ds.add_product(dk_acc, q_place, place, Exchange<Tile>{ds_memory, place});
+            const Place<Tile> here = FIND_TWICE ? Place<Tile>(again(threadIdx.x)) : place;
+            const int columns = here.part * Tile::COLUMNS;
+            Shared<T> q_place = left_place<D>(q_tile, here.lane) + columns;
+            weights.add_product(dv_acc, left_place<D>(dout_tile, here.lane) + columns, here,
+                                Exchange<Tile>{p_memory, here});
+            if constexpr (Tile::ONE_PASS) ds.add_product(dk_acc, q_place, here, one_pass.fragments(here));
+            else ds.add_product(dk_acc, q_place, here, Exchange<Tile>{ds_memory, here});
         }
         if constexpr (Tile::ONE_PASS)
             one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + h) * rows_of_terms(p) + m) * D);
@@ -216,8 +221,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, place);
     store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, place);
     __syncthreads();
-    copy_out<T, D, OWNED, THREADS>(k_tile, dk, b, h, n, p.S, p.D);
-    copy_out<T, D, OWNED, THREADS>(v_tile, dv, b, h, n, p.S, p.D);
+    const unsigned thread = FIND_AGAIN || Tile::ONE_PASS ? again(threadIdx.x) : threadIdx.x;
+    copy_out<T, D, OWNED, THREADS>(k_tile, dk, b, h, n, p.S, p.D, thread);
+    copy_out<T, D, OWNED, THREADS>(v_tile, dv, b, h, n, p.S, p.D, thread);
 }
 
 }  // namespace gptkernels

@@ -171,13 +171,14 @@ DEVICE void store_rows(const float (&sums)[N_TILES][4], float upper, float lower
 
 // The inverse of Copy, at once: rows [first, first + ROWS) of a head from a tile.
 template <class T, int D, int ROWS, int THREADS>
-DEVICE void copy_out(Shared<T> tile, const Heads<T>& x, int b, int h, int first, int rows, int D_in_memory) {
+DEVICE void copy_out(Shared<T> tile, const Heads<T>& x, int b, int h, int first, int rows, int D_in_memory,
+                     unsigned thread = threadIdx.x) {
     constexpr int GROUP = Swizzle<D>::GROUP, STEP = THREADS / GROUP;
-    int packet = threadIdx.x % GROUP;
+    int packet = thread % GROUP;
     Global<T> to = x.head(b, h);
     UNROLL
     for (int i = 0; i < ROWS / STEP; ++i) {
-        int row = threadIdx.x / GROUP + i * STEP;
+        int row = thread / GROUP + i * STEP;
         UNROLL
         for (int c = packet; c < D / 8; c += GROUP)
             if (first + row < rows && c * 8 < D_in_memory)
