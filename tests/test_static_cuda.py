@@ -6,6 +6,8 @@ cross-entropy, for sm_80.
 
 import dataclasses
 import json
+import re
+import subprocess
 
 import pytest
 import torch
@@ -69,6 +71,33 @@ def test_gradients_short_of_registers_do_not_spill(tmp_path, arch):
     for kernel in kernels:
         assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
         assert kernel.registers > 240 and kernel.tensor_cores and kernel.cp_async and kernel.ldmatrix, kernel
+
+
+PACKETS = """
+#include "common/device.cuh"
+using namespace gptkernels;
+__global__ void packets(Global<const float> x, Global<float> y) {
+    SHARED_ARRAY(float, tile, 128);
+    store(tile + 4 * (int)threadIdx.x, load<4>(x + 4 * (int)threadIdx.x));
+    Vector<float, 4> sum = {x[0], x[1], x[2], x[3]};
+    __syncthreads();
+    for (int i = 0; i < 4; ++i) sum[i] *= tile[threadIdx.x + 32 * i];
+    __syncthreads();
+    store(tile + 4 * (int)threadIdx.x, sum);
+    __syncthreads();
+    y[threadIdx.x] = tile[31 - threadIdx.x];
+}
+"""
+
+
+@needs_nvcc
+def test_floats_go_to_shared_memory_in_packets(tmp_path):
+    """In the compiler's own output: split into words there, only the assembler may join them again."""
+    path = tmp_path / "packets.cu"
+    path.write_text(PACKETS)
+    command = ["nvcc", "-ptx", "-O3", "-std=c++20", "-arch=sm_80", f"-I{static_cuda.CSRC}", str(path), "-o", "-"]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\bst\.shared[.\w]*", code)) == {"st.shared.v4.b32"}
 
 
 @needs_nvcc

@@ -126,7 +126,12 @@ DEVICE void store(Shared<T> p, const Vector<T, N>& v) {
     for (int i = 0; i < COUNT; ++i) {
         Word<BYTES> word;
         memcpy(&word, reinterpret_cast<const char*>(&v) + i * BYTES, BYTES);
-        p.template as<Word<BYTES>>()[i] = word;
+        // A packet of floats nvcc splits into four stores of four conflicts each, until the assembler joins them.
+        if constexpr (BYTES == 16 && std::is_same_v<T, float>)
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(p.address + 16 * i), "r"(word.x), "r"(word.y),
+                         "r"(word.z), "r"(word.w)
+                         : "memory");
+        else p.template as<Word<BYTES>>()[i] = word;
     }
 }
 
