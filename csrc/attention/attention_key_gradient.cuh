@@ -207,8 +207,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             if constexpr (Tile::ONE_PASS) ds.add_product(dk_acc, q_place, here, one_pass.fragments(here));
             else ds.add_product(dk_acc, q_place, here, Exchange<Tile>{ds_memory, here});
         }
-        if constexpr (Tile::ONE_PASS)
-            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + h) * rows_of_terms(p) + m) * D);
+        if constexpr (Tile::ONE_PASS) {
+            const int head = FIND_AGAIN ? h : again(h);  // its sums' address is kept nowhere else
+            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + head) * rows_of_terms(p) + m) * D);
+        }
         if (STAGES > 1) stage = 1 - stage;
     };
     for (int m = first; m < free; m += STREAM) queries(m, std::true_type());
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     store_gradient<Tile>(dk_acc, p.S > 1 ? p.scale : 0.0f, k_tile, place);
     store_gradient<Tile>(dv_acc, p.keep_scale, v_tile, place);
     __syncthreads();
-    const unsigned thread = FIND_AGAIN || Tile::ONE_PASS ? again(threadIdx.x) : threadIdx.x;
+    const unsigned thread = FIND_AGAIN ? again(threadIdx.x) : threadIdx.x;
     copy_out<T, D, OWNED, THREADS>(k_tile, dk, b, h, n, p.S, p.D, thread);
     copy_out<T, D, OWNED, THREADS>(v_tile, dv, b, h, n, p.S, p.D, thread);
 }
