@@ -17,6 +17,7 @@ class Limits(NamedTuple):
     shared_memory: int  # bytes that a program may use
     processors: int
     descriptors: bool  # tensor descriptors become TMA
+    tensor_memory: bool = False  # products are tcgen05's, whose sums lie there
 
 
 # Without a GPU (interpreter, static analysis): an A100's shared memory, one processor to fill.
@@ -33,7 +34,9 @@ def limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return NO_GPU
     properties: Any = torch.cuda.get_device_properties(device)
-    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major >= 9)
+    major = properties.major
+    shared_memory, processors = properties.shared_memory_per_block_optin, properties.multi_processor_count
+    return Limits(shared_memory, processors, major >= 9, 10 <= major < 12)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:

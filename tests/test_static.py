@@ -56,11 +56,12 @@ def test_registers_suffice_at_head_dim_128(size):
         assert static.problems(found, case.dtype) == [], f"{launch.name}: {found}"
 
 
-def test_registers_suffice_beside_the_sums_of_dq():
-    """The one-pass form at head dim 256, whose dk, dv and dq are all sums in registers."""
-    case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", "D=256 atomics", torch.bfloat16))
-    with static.recorded(80) as launches:
-        case.run("cuda:80")
+@pytest.mark.parametrize("size, arch", [("D=256 atomics", 80), ("D=256 dropout", 90)])
+def test_registers_suffice_at_head_dim_256(size, arch):
+    """Where dq's sums or dropout's words are beside those of dk and dv."""
+    case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", size, torch.bfloat16))
+    with static.recorded(arch) as launches:
+        case.run(f"cuda:{arch}")
     (launch,) = (launch for launch in launches if launch.name == "key_gradient_kernel")
     found = static.figures(launch)
     assert static.problems(found, case.dtype) == [], found

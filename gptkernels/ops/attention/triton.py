@@ -61,7 +61,9 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
     if dtype == torch.float32:
         return tile(32, 32, FLOAT_PART, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
-        return tile(64, 64, part_of(D), D, num_stages=3) if D <= 128 else tile(128, 64, 128, D, num_warps=8)
+        if D <= 128:
+            return tile(64, 64, part_of(D), D, num_stages=3)
+        return tile(128, 32 if dropout else 64, 128, D, num_warps=8)
     if D <= 64:
         return tile(128, 32, 64, D, num_stages=3) if dropout else tile(128, 64, 32, D, held=True)
     if D <= 128:
@@ -72,19 +74,26 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
 
 
 @functools.cache
-def query_gradient_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
-    """Tile of dq, whose rows of q and dout stay in shared memory."""
+def query_gradient_tiles(
+    dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False, tensor_memory: bool = False
+) -> dict[str, Any]:
+    """Tile of dq, whose rows of q and dout stay in shared memory.
+
+    With tensor memory ptxas gives a thread 128 registers here, one word too few for sm_90's tiles.
+    """
     if dtype == torch.float32:
         return tile(32, 32 if D <= 128 else 16, FLOAT_PART, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D <= 64:
             return tile(64, 64, 64, D, num_stages=3)
-        return tile(128 if D <= 128 else 64, 64, part_of(D), D, num_warps=8, num_stages=3 if D <= 128 else 2)
+        if D <= 128:
+            return tile(128, 64, part_of(D), D, num_warps=8, num_stages=2 if tensor_memory else 3)
+        return tile(64, 32 if dropout or tensor_memory else 64, 128, D, num_warps=8)
     if D <= 64:
         return tile(128, 32, 64, D, held=not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY)
     if D <= 128:
         return tile(128 if not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY else 64, 32, 64, D)
-    return tile(64, 16, 64, D)
+    return tile(64, 16, 64, D, num_warps=8 if dropout and shared_memory < DATA_CENTRE_SHARED_MEMORY else 4)
 
 
 @functools.cache
@@ -99,7 +108,7 @@ def key_gradient_tiles(
         return tile(32 if D <= 64 else 16, 32, FLOAT_PART, D, num_warps=8 if atomics and D > 64 else 4)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D > 128:
-            return tile(16, 32 if atomics else 64, 128, D, num_warps=8)
+            return tile(16, 32 if atomics or dropout else 64, 128, D, num_warps=8)
         if D > 64:
             return tile(16 if atomics else 32, 64, part_of(D), D)  # 64 rows spill
         return tile(64, 64, part_of(D), D)
@@ -181,7 +190,7 @@ def backward_plans(
 ) -> tuple[Plan, Plan]:  # fmt: skip
     """Of the kernel that leaves the rows' terms and of key_gradient_kernel; strides of dout, q, k, v, out, dq and dk."""
     B, H, T, D = shape
-    unit, memory = unit_of(dtype, strides), limits(device).shared_memory
+    unit, (memory, _, _, tensor_memory) = unit_of(dtype, strides), limits(device)
     int64 = force_int64 or needs_int64(*strides)
     scalars = (H, T, S, scale, *dropout_arguments(dropout_p))
 
@@ -189,7 +198,7 @@ def backward_plans(
         flat = tuple(stride // unit for i in which for stride in strides[i][:2])
         return flat, tuple(strides[i][2] for i in which)
 
-    row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0)
+    row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0, tensor_memory)
     key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0, atomics)
     row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
     row_kernel = row_terms_kernel if atomics else query_gradient_kernel

@@ -67,7 +67,7 @@ def plan(
     descriptors: bool,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a launch."""
-    shared_memory, processors, _ = limits(device)
+    shared_memory, processors = limits(device)[:2]
     constants: dict[str, Any] = tiles(dtype, M, N, shared_memory, processors, tf32, descriptors)
     grid = (triton.cdiv(M, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"]),)
     vector = 16 // dtype.itemsize
