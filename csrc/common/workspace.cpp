@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #if defined(__linux__)
@@ -35,6 +36,9 @@ void* workspace(Slot slot, size_t bytes) {
         buffer.bytes = rounded;
         advise_huge_pages(buffer.data, rounded);
     }
+    // For tests, as of results (pool.cpp): what a kernel reads before it has written it must show.
+    static const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
+    if (poison) std::memset(buffer.data, 0xff, bytes);
     return buffer.data;
 }
 

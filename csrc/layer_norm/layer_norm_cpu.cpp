@@ -50,8 +50,11 @@ template <class T, class Count>
     store(p, x, n);
 }
 
-// A vector in fp32, `missing` where there is none.
+int64_t padded_width(int64_t C) { return (C + W - 1) / W * W; }
+
+// A vector in fp32, `missing` where there is none; zero beyond C, since even a zero times what lies there may be a NaN.
 void to_fp32(const Numbers& vector, float missing, int64_t C, float* out) {
+    std::fill(out + C, out + padded_width(C), 0.0f);
     if (!vector.data) return (void)std::fill(out, out + C, missing);
     with_type(vector, [&](auto* p) { std::transform(p, p + C, out, [](auto x) { return to_float(x); }); });
 }
@@ -146,7 +149,7 @@ struct Backward {
         const TX* dtotal = p.dtotal.data ? static_cast<const TX*>(p.dtotal.data) + n * p.C : nullptr;
         TX* dx = static_cast<TX*>(p.dx.data) + n * p.C;
         float mean = p.mean[n], rstd = p.rstd[n], sum_wdy, sum_wdy_xhat;
-        float* wdys = workspace_of<float>(Slot::OPERATOR_THREAD, (p.C + W - 1) / W * W);
+        float* wdys = workspace_of<float>(Slot::OPERATOR_THREAD, padded_width(p.C));
         sums(dy, x, mean, rstd, wdys, dweight, dbias, &sum_wdy, &sum_wdy_xhat);
         float a = sum_wdy / (float)p.C, b = sum_wdy_xhat / (float)p.C;
         for_vectors(p.C, [&](int64_t c, auto m) {
@@ -157,8 +160,6 @@ struct Backward {
         });
     }
 };
-
-int64_t padded_width(int64_t C) { return (C + W - 1) / W * W; }
 
 }  // namespace
 
