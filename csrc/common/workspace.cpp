@@ -41,7 +41,7 @@ void* workspace(Slot slot, size_t bytes) {
     // For tests, as of results (pool.cpp): what a kernel reads before it has written it must show. A large buffer's
     // begin will do, or tests that train would take half as long again.
     static const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
-    if (poison) std::memset(buffer.data, 0xff, std::min(bytes, POISONED));
+    if (poison && bytes > 0) std::memset(buffer.data, 0xff, std::min(bytes, POISONED));
     return buffer.data;
 }
 
