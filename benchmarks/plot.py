@@ -58,12 +58,11 @@ SETTINGS = {
 def plot(files: Sequence[Path], folder: Path) -> Iterator[Path]:
     """Draw all pictures of the files, the runs among them in one; the paths as they are written."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs: list[Mapping] = []
+    runs: list[tuple[Path, Mapping]] = []
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         if result.get("evaluations"):
-            runs.append(result)
-            of_runs = file.stem
+            runs.append((file, result))
             continue
         if result.get("command") != "bench" or not result.get("cases"):
             raise ValueError(
@@ -74,8 +73,9 @@ def plot(files: Sequence[Path], folder: Path) -> Iterator[Path]:
             for name, figure in pictures(result):
                 yield from written(figure, provenance(result), folder / f"{file.stem}-{name}")
     if runs:
+        results = [run for _, run in runs]
         with pyplot.rc_context(SETTINGS):
-            yield from written(losses(runs), run_provenance(runs), folder / f"{of_runs}-loss")
+            yield from written(losses(results), run_provenance(results), folder / f"{runs[0][0].stem}-loss")
 
 
 def written(figure: Figure, foot: str, stem: Path) -> Iterator[Path]:
@@ -241,12 +241,12 @@ def draw_lines(axes: Axes, cases: Sequence[Mapping], value: Value) -> None:
 def losses(runs: Sequence[Mapping]) -> Figure:
     """The validation loss of runs against the seconds that they had trained."""
     figure, axes = pyplot.subplots(figsize=(7.5, 3.8), layout="constrained")
+    axes.set_prop_cycle(color=list(dict.fromkeys(COLOURS.values())))
     for run in runs:
-        model = run["config"]["train.model"]
         _, seconds, loss = zip(*run["evaluations"], strict=True)
-        label = f"{model} model: {loss[-1]:.3f} after {run['step']} steps, {seconds[-1]:.0f} s"
-        style = {"color": COLOURS["ours" if model == "fast" else "reference"], "marker": "o", "ms": 4}
-        axes.plot(seconds, loss, label=label, **style)
+        name = f"{Path(run['run']).name}, {run['config']['train.model']} model"
+        label = f"{name}: {loss[-1]:.3f} after {run['step']} steps, {seconds[-1]:.0f} s"
+        axes.plot(seconds, loss, label=label, marker="o", ms=4)
     axes.set(title="Validation loss against time", xlabel="seconds in steps of training", ylabel="nats a token")
     axes.set_xlim(left=0)
     axes.legend(fontsize=8)

@@ -171,7 +171,7 @@ def operators(backend: str) -> Any:
 
 
 def kernels(backend: str) -> Any:
-    """The raw operators for an api.py, which has seen to it that no gradient is recorded there: the shortest way to each."""
+    """The raw operators for ops/<op>/native.py, whose callers record no gradient there: the shortest way to each."""
     return triton_backend.DIRECT if backend == "triton" else operators(backend)
 
 

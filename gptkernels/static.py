@@ -256,18 +256,18 @@ def counted(code: str) -> tuple[Counter[str], dict[str, int]]:
     }
 
 
-def spills(spilled: int, in_loops: int) -> list[str]:
+def spills(spilled: int, in_loops: int, around_loops: int) -> list[str]:
     """What there is to say of bytes a thread that do not fit into registers, and of instructions that move them in loops.
 
-    A word that is stored once before a loop and loaded once after it costs nothing; more than that does.
+    A word that is stored once before a loop and loaded once after it costs nothing: so many bytes of those may be.
     """
-    wrong = in_loops or spilled > WORDS_AROUND_LOOPS
+    wrong = in_loops or spilled > around_loops
     return [f"spills {spilled} bytes a thread, {in_loops} instructions in loops"] if wrong else []
 
 
 def problems(figures: Figures, dtype: torch.dtype) -> list[str]:
     """What a kernel on aligned, contiguous data must not show, in words; empty if it is as it should be."""
-    found = spills(figures.spilled, figures.spilled_in_loops)
+    found = spills(figures.spilled, figures.spilled_in_loops, WORDS_AROUND_LOOPS)
     if figures.shared > figures.shared_limit:
         found.append(f"needs {figures.shared} bytes of shared memory, the device has {figures.shared_limit}")
     if figures.matrix and dtype.itemsize == 2 and not figures.tensor_cores:

@@ -148,9 +148,7 @@ def demangled(names: list[str]) -> list[str]:
 
 def problems(kernel: Kernel) -> list[str]:
     """What a kernel must not show, in words; empty if it is as it should be."""
-    found = []
-    if kernel.spilled:
-        found.append(f"spills {kernel.spilled} bytes a thread, {kernel.spilled_in_loops} instructions in loops")
+    found = static.spills(kernel.spilled, kernel.spilled_in_loops, around_loops=0)
     half = re.search(r"\b(bf16|fp16)\b", kernel.name)
     # bfloat16 has no product before sm_80: those kernels are empty.
     if kernel.name.startswith(MATRIX) and half and not (kernel.arch < 80 and half[1] == "bf16"):

@@ -40,19 +40,22 @@ def limits(device: torch.device) -> Limits:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch on the tensors' device, whichever is current; an empty grid is no launch.
-
-    Triton launches on the current device. To make another one current costs 3 us, so only where it is another.
-    """
+    """Launch on the tensors' device, whichever is current; an empty grid is no launch."""
     if 0 in grid:
         return
     if device.type != "cuda":
         kernel[grid](*arguments, **constants)
-    elif device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch_compiled(kernel, grid, device, arguments, constants)
     else:
-        launch_compiled(kernel, grid, device, arguments, constants)
+        on_device(device, launch_compiled, kernel, grid, device, arguments, constants)
+
+
+def on_device(device: torch.device, call: Callable, *arguments: Any) -> None:
+    """A call with the device current, where Triton launches. To make another one current costs 3 us: only where it is another."""
+    if device.index == torch.cuda.current_device():
+        call(*arguments)
+    else:
+        with torch.cuda.device(device):
+            call(*arguments)
 
 
 def launch_compiled(
@@ -101,11 +104,8 @@ class Plan:
             return
         if self.device.type != "cuda":
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        elif self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                self.launch_here(tensors)
         else:
-            self.launch_here(tensors)
+            on_device(self.device, self.launch_here, tensors)
 
     def launch_here(self, tensors: tuple[Tensor, ...]) -> None:
         """Launch on the current device."""

@@ -108,13 +108,14 @@ def test_loss_of_runs_against_time(drawing, tmp_path):
     }
     runs = []
     for model, speed in (("fast", 1.0), ("reference", 2.0)):
-        run = {"config": {"train.model": model}, "step": 20, "machine": machine}
+        run = {"run": f"runs/a-{model}", "config": {"train.model": model}, "step": 20, "machine": machine}
         points = [[10, 5.0 * speed, 3.0], [20, 10.0 * speed, 2.5]]
         runs.append(written(tmp_path / f"run-{model}.json", run, evaluations=points))
     pictures = draw(tmp_path / "out", *runs)
-    assert set(pictures) == {"run-reference-loss.png", "run-reference-loss.svg"}
-    text = words_of(pictures["run-reference-loss.svg"])
-    assert "fast model: 2.500 after 20 steps, 10 s" in text and "reference model: 2.500 after 20 steps, 20 s" in text
+    assert set(pictures) == {"run-fast-loss.png", "run-fast-loss.svg"}
+    text = words_of(pictures["run-fast-loss.svg"])
+    assert "a-fast, fast model: 2.500 after 20 steps, 10 s" in text
+    assert "a-reference, reference model: 2.500 after 20 steps, 20 s" in text
     assert text.count("a CPU, 2 threads, torch 2.13.0, commit 0123456789ab, 2026-11-26") == 1
 
 

@@ -1,6 +1,5 @@
 #include "common/workspace.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -14,7 +13,6 @@ namespace gptkernels {
 namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
-constexpr size_t POISONED = 16 << 10;
 
 struct Buffer {
     void* data = nullptr;
@@ -38,10 +36,9 @@ void* workspace(Slot slot, size_t bytes) {
         buffer.bytes = rounded;
         advise_huge_pages(buffer.data, rounded);
     }
-    // For tests, as of results (pool.cpp): what a kernel reads before it has written it must show. A large buffer's
-    // begin will do, or tests that train would take half as long again.
+    // For tests, as of results (pool.cpp): what a kernel reads before it has written it must show.
     static const bool poison = std::getenv("GPTKERNELS_POISON") != nullptr;
-    if (poison && bytes > 0) std::memset(buffer.data, 0xff, std::min(bytes, POISONED));
+    if (poison && bytes > 0) std::memset(buffer.data, 0xff, bytes);
     return buffer.data;
 }
 
