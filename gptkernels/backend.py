@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import gptkernels.library  # noqa: F401  the native library adds implementations to the schemas defined there
 from gptkernels import cuda_backend, triton_backend
@@ -204,6 +205,14 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         x.view_as(x) if x is not None and any(x is before for before in tensors[:i]) else x
         for i, x in enumerate(tensors)
     )
+
+
+def check_tangents(*tensors: Tensor | None) -> None:
+    """Raise for a derivative in forward mode, which the raw operators would lose without a word: a jvp of zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("derivatives in forward mode (jvp) need backend='reference': the native kernels have none")
 
 
 def check_backward() -> None:

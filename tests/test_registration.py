@@ -12,6 +12,7 @@ from test_cross_entropy import cross_entropy_inputs
 from test_layer_norm import all_inputs, layer_norm_inputs
 from test_linear import linear_inputs
 from test_mlp import mlp_inputs
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -279,6 +280,22 @@ def test_functional_call(op, inputs):
     doubled = copy.deepcopy(module)
     doubled.load_state_dict(parameters)
     torch.testing.assert_close(torch.func.functional_call(module, parameters, (x,)), doubled(x))
+
+
+@operators
+@pytest.mark.parametrize("backend", ["cpu", "triton", "simt"])
+def test_forward_mode_raises(monkeypatch, op, inputs, backend):
+    """A raw operator would lose the tangent of any of its inputs: the derivative would be zero, without a word."""
+    inputs = {name: x.detach() if is_floating(x) else x for name, x in inputs().items()}
+    # Else make_dual compiles decompositions, of which none is used here, for 8 seconds.
+    monkeypatch.setenv("PYTORCH_JIT", "0")
+    with forward_ad.dual_level():
+        op(**inputs, backend=backend)  # without a tangent all is as ever
+        for name, x in inputs.items():
+            if is_floating(x):
+                dual = forward_ad.make_dual(x, torch.ones_like(x))
+                with pytest.raises(RuntimeError, match=r"in forward mode \(jvp\) need backend='reference'"):
+                    op(**{**inputs, name: dual}, backend=backend)
 
 
 @operators

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve
+from gptkernels.backend import autocast_dtype, check_backward, check_tangents, distinct, resolve
 from gptkernels.ops.layer_norm import native, reference
 
 
@@ -70,6 +70,7 @@ def layer_norm(
         result = reference.layer_norm(x, weight, bias, eps, residual=residual)
         return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
     tensors = (x, residual, weight, bias)
+    check_tangents(*tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = LayerNorm if residual is None else AddLayerNorm
         return function.apply(chosen[0], *distinct(*tensors), eps, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, check_tangents, distinct, resolve
 from gptkernels.ops.linear import native, reference
 
 
@@ -36,6 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear(x, weight, bias)
+    check_tangents(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
