@@ -87,6 +87,14 @@ def test_float32_weights(backend, dtype, residual):
     )
 
 
+@dtypes
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_a_float32_bias_alone(backend, dtype, residual):
+    """Its gradient is summed and kept in float32, with no weight beside it that says so."""
+    inputs = partial(layer_norm_inputs, (40, 43), dtype, bias=torch.float32, residual=dtype if residual else None)
+    check_against_oracle(layer_norm, inputs, backend)
+
+
 @cases("C", [36, 768, 1000, 2500, 6148], slow_dtypes=(torch.bfloat16, torch.float16))
 def test_a_float32_stream(backend, dtype, C):
     """What autocast makes: weights and residual in float32 beside x of 16 bits; widths of every tile that is there for it."""
