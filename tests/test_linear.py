@@ -179,7 +179,8 @@ x, w, b = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(5)
         ((x, w.to("meta")), ValueError, "weight must be on x's device cpu, got meta: move one of them"),
         ((x, w, b[:4]), ValueError, r"bias must be \(5,\), got \(4,\)"),
         ((x, w, b[:, None]), ValueError, r"bias must be \(5,\), got \(5, 1\)"),
-        ((x.bfloat16(), w, b.bfloat16()), TypeError, "bias must have its weight's dtype and device"),
+        ((x.bfloat16(), w, b.bfloat16()), TypeError, "bias must have its weight's dtype torch.float32, got"),
+        ((x, w, b.to("meta")), ValueError, "bias must be on its weight's device cpu, got meta: move one of them"),
     ],
 )
 def test_errors(backend, arguments, error, message):

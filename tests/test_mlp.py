@@ -209,7 +209,8 @@ shapes = r"x must be \(..., C\), w_fc \(F, C\) and w_proj \(C, F\), got"
         ((x, fc, None, proj.to("meta"), None), {}, ValueError, "w_proj must be on x's device cpu, got meta"),
         ((x, fc, torch.zeros(8), proj, None), {}, ValueError, r"b_fc must be \(6,\), got \(8,\)"),
         ((x, fc, None, proj, torch.zeros(6)), {}, ValueError, r"b_proj must be \(8,\), got \(6,\)"),
-        ((x, fc, torch.zeros(6).bfloat16(), proj, None), {}, TypeError, "b_fc must have its weight's dtype and device"),
+        ((x, fc, torch.zeros(6).bfloat16(), proj, None), {}, TypeError, "b_fc must have its weight's dtype"),
+        ((x, fc, None, proj, torch.zeros(8, device="meta")), {}, ValueError, "b_proj must be on its weight's device"),
     ],
 )
 def test_errors(backend, arguments, options, error, message):

@@ -69,10 +69,10 @@ def check_bias(name: str, bias: Tensor, weight: Tensor, size: int) -> None:
     """Raise unless a bias is a vector of the size, like its weight."""
     if tuple(bias.shape) != (size,):
         raise ValueError(f"{name} must be ({size},), got {tuple(bias.shape)}")
-    if bias.dtype != weight.dtype or bias.device != weight.device:
-        raise TypeError(
-            f"{name} must have its weight's dtype and device ({weight.dtype}, {weight.device}), got {bias.dtype}, {bias.device}"
-        )
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"{name} must have its weight's dtype {weight.dtype}, got {bias.dtype}: convert one of them")
+    if bias.device != weight.device:
+        raise ValueError(f"{name} must be on its weight's device {weight.device}, got {bias.device}: move one of them")
 
 
 class Linear(torch.autograd.Function):
