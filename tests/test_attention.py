@@ -243,10 +243,12 @@ def test_layouts_of_nothing(backend, dtype, layout, B, H, T, S, D):
     check_layouts(call, attention_inputs(B, H, T, S, D, dtype), layout, "qkv")
 
 
-@backends
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS, *CUDA])
 def test_output_is_token_major(backend):
+    """On every backend: what views it as (B, T, C) must not fail where auto takes the reference."""
     for inputs in (attention_inputs(2, 3, 5, 5, 8, torch.float32), attention_inputs(2, 3, 1, 5, 8, torch.float32)):
         assert causal_attention(**inputs, backend=backend).transpose(1, 2).is_contiguous()
+    assert causal_attention_packed(draw((2, 5, 3, 3, 8), torch.float32, 1), backend=backend).is_contiguous()
 
 
 PACKED = [(2, 3, 9, 8), (1, 1, 1, 5), (2, 2, 0, 4), (0, 2, 4, 4)]
@@ -365,6 +367,8 @@ x = torch.zeros(2, 3, 4, 8)
         ((x, x, x), {"dropout_p": 0.1}, ValueError, "dropout_p=0.1 needs seed=, an int or a 0-d int64 tensor"),
         ((x, x, x), {"dropout_p": 0.1, "seed": torch.zeros(1).long()}, ValueError, "seed must be a 0-d int64 tensor"),
         ((x, x, x), {"dropout_p": 0.1, "seed": torch.tensor(1.0)}, ValueError, "seed must be a 0-d int64 tensor"),
+        ((x, x, x), {"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got 1.5"),
+        ((x, x, x), {"dropout_p": 0.1, "seed": "1"}, TypeError, "seed must be an int or a 0-d int64 tensor, got '1'"),
         ((x, x, x), {"dropout_p": 0.1, "seed": 2**63}, ValueError, "seed must fit into 64 bits"),
     ],
 )

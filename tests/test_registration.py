@@ -160,6 +160,16 @@ def test_compile(op, inputs):
     check_compiled(op, inputs(), backend="aot_eager", dynamic=False)
 
 
+@compiles
+def test_compile_with_an_int_as_seed():
+    torch._dynamo.reset()
+    q = draw((1, 2, 5, 8), fp32, 1)
+    call = partial(causal_attention, q, q, q, dropout_p=0.3)
+    compiled = torch.compile(lambda seed: call(seed=seed), fullgraph=True, backend="aot_eager")
+    for seed in (1, 2, 2**40):
+        assert torch.equal(compiled(seed), call(seed=seed))
+
+
 # An operator, the names of the tensors for its arguments in turn, and those tensors.
 TWICE = {
     "q is k is v": (causal_attention, "xxx", {"x": (1, 2, 5, 8)}),

@@ -136,6 +136,8 @@ def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.devic
                 f"seed must be a 0-d int64 tensor on {device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
             )
         return seed
+    if not isinstance(seed, int) and not hasattr(seed, "__index__"):  # numpy's; Dynamo cannot ask an int for it
+        raise TypeError(f"seed must be an int or a 0-d int64 tensor, got {seed!r}: a fraction of it would be lost")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits (from -2^63 to 2^63 - 1), got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device)  # a GPU is not waited for, as copying would

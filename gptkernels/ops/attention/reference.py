@@ -58,7 +58,7 @@ def causal_attention(
     if dropout_p > 0.0:
         assert seed is not None
         weights = weights * dropout_keep(seed, dropout_p, (B, H, T, S)) * (1.0 / (1.0 - dropout_p))
-    return weights @ v
+    return (weights @ v).transpose(1, 2).contiguous().transpose(1, 2)  # token-major in memory, as the kernels' is
 
 
 def causal_attention_packed(
