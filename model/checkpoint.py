@@ -6,7 +6,6 @@ folder, and the file, which comes last, says into which: of two that take turns,
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -104,7 +103,7 @@ def holds_run(path: Path) -> bool:
         return (path / LAST).is_file() or (path / BEST).is_file()
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):
+    except Exception:  # see read_file
         return False  # who reads it says what is wrong with it
     return isinstance(payload, dict) and "format" in payload
 
@@ -133,12 +132,28 @@ def read_file(path: Path) -> dict[str, Any]:
     """What a checkpoint's file holds."""
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # of bytes that are no pickle it raises whatever they come to: KeyError, IndexError
         raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): name a run's .pt") from error
     found = payload.get("format") if isinstance(payload, dict) else None
+    if found is None:
+        raise ValueError(f"{path} must be a checkpoint of a run, got another file: name a run's .pt, or its folder")
     if found != FORMAT:
         raise ValueError(f"{path} must have checkpoint format {FORMAT}, got {found}: train it again")
+    check_whole(path)
     return dict(payload)
+
+
+def check_whole(path: Path) -> None:
+    """Raise unless the numbers in a checkpoint's file have their checksums: torch.save writes these, torch.load does not look."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged ({damaged} is not as it was written): take the run's other .pt, or a copy of it"
+        )
 
 
 def put_together(payload: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:

@@ -158,6 +158,8 @@ def sample_command(args: argparse.Namespace) -> int:
     as_usage(check_sampling, args.temperature, args.top_k, args.top_p)
     if args.tokens < 1:
         raise UsageError(f"--tokens must be at least 1, got {args.tokens}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UsageError(f"--seed must be a whole number of 64 bits, as torch has it, got {args.seed}")
     if not 1 <= len(args.words) <= 2:
         raise UsageError(f'sample takes RUN and one "PROMPT" in quotes, got {len(args.words)} words')
     model, tokenizer, _ = load_model(args.words[0], LAST if args.last else None)

@@ -128,6 +128,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "eval_batches", "threads", "sample_tokens", "weight_decay", "clip", "min_lr", "seed"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        require(self.seed < 2**64, f"seed must be below 2 to the power of 64, as torch has it, got {self.seed}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(self.min_lr <= self.lr, f"min_lr must not exceed lr, got {self.min_lr} and {self.lr}: give both")
         require(0.0 < self.decay <= 1.0, f"decay must be above 0 and at most 1, got {self.decay}")

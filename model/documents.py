@@ -70,10 +70,10 @@ def documents_of(name: str) -> tuple[list[Document], str]:
 
 
 def file_document(path: Path) -> Document:
-    """The document that a UTF-8 file is."""
+    """The document that a UTF-8 file is, without the mark that Windows' editors begin one with."""
 
     def read() -> Iterator[str]:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from cut_between_words(iter(lambda: file.read(PIECE), ""))
 
     return Document(str(path), path.stat().st_size, read)

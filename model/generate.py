@@ -12,7 +12,7 @@ from model.fast import Model
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError unless the settings make a distribution."""
-    if temperature < 0:
+    if not temperature >= 0:  # nor NaN
         raise ValueError(f"temperature must be 0 (the likeliest token) or positive, got {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k must be 0 (all tokens) or positive, got {top_k}")

@@ -92,7 +92,14 @@ def finite(value: Any) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none when there is no file; a torn last line is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path} must be JSON, but it is not: take it out") from error
+    return rows
 
 
 def trim_samples(path: Path, last_step: int) -> None:

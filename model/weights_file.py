@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +42,8 @@ EVERY = 1 << 30
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by name, other settings) of a file or a folder of GPT-2's; it can hold no code."""
+    if not path.exists():
+        raise ValueError(f"weights must be in a file, or in the folder of a saved GPT-2, got {path}: there is none")
     if path.is_dir():
         return read_folder(path)
     if path.suffix == ".safetensors":
@@ -50,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, {name: parse_value(name, metadata[name]) for name in TOLD if name in metadata}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # of bytes that are no pickle it raises whatever they come to: KeyError, IndexError
         raise ValueError(
             f"{path} must hold a state_dict that torch.load(weights_only=True) takes, got {type(error).__name__}: save "
             "model.state_dict() alone"
@@ -92,6 +93,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
+            if (folder / "config.toml").is_file():
+                raise ValueError(f"{folder} is a run: name the checkpoint in it to begin with, {folder / 'best.pt'}")
             raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
         tensors |= read_safetensors(folder / name)[0]
     return tensors, gpt2_settings(read_json(folder / "config.json"), folder)

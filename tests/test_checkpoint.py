@@ -110,7 +110,11 @@ def test_a_folder_that_is_none(tmp_path):
         write_text(tmp_path / "file" / "x", "text")
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no checkpoint", b"hello world\n", b"step,loss\n", "cut"],
+    ids=["empty", "text", "hello", "csv", "cut"],
+)
 def test_broken_files_are_named(tmp_path, content):
     path = tmp_path / LAST
     save_atomically({"format": FORMAT, "model": torch.zeros(10_000)}, path)
@@ -121,12 +125,26 @@ def test_broken_files_are_named(tmp_path, content):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / LAST
-    for payload, found in (({"format": 9}, "9"), ([1], "None")):
+    torch.save({"format": 9}, path)
+    with pytest.raises(ValueError, match=f"must have checkpoint format {FORMAT}, got 9"):
+        load(tmp_path)
+    for payload in ([1], {"a.weight": torch.ones(2)}):
         torch.save(payload, path)
-        with pytest.raises(ValueError, match=f"must have checkpoint format {FORMAT}, got {found}"):
+        with pytest.raises(ValueError, match=r"must be a checkpoint of a run, got another file: name a run's \.pt"):
             load(tmp_path)
     with pytest.raises(ValueError, match="RUN must be a run folder with a checkpoint"):
         load(tmp_path / "nothing")
+
+
+def test_a_damaged_number_is_found(tmp_path):
+    path = tmp_path / LAST
+    save_atomically({"format": FORMAT, "model": torch.zeros(10_000)}, path)
+    load(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.pt is damaged \(.*data/0 is not as it was written"):
+        load(tmp_path)
 
 
 class Trap:

@@ -96,6 +96,7 @@ def test_data(call, run):
         ("sample RUN --tokens 0", 2, "--tokens must be at least 1, got 0"),
         ("sample RUN --tokens many", 2, "invalid int value: 'many'"),
         ("sample RUN --temperature -1", 2, "temperature must be 0"),
+        ("sample RUN --seed 18446744073709551616", 2, "--seed must be a whole number of 64 bits"),
         ("sample RUN #", 2, "character '#' is not in the vocabulary"),
         ("data a b", 2, "data takes one source, got 2"),
         ("data nowhere", 1, "or a file or folder that exists, got 'nowhere'"),

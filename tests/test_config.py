@@ -70,6 +70,7 @@ def test_wrong_overrides(text, message):
     [
         ("steps=0", "steps must be at least 1, got 0"),
         ("warmup=-1", "warmup must not be negative"),
+        ("seed=18446744073709551616", "seed must be below 2 to the power of 64"),
         ("lr=0", "lr must be positive"),
         ("lr=nan", "lr must be finite"),
         ("min_lr=1", "min_lr must not exceed lr"),

@@ -168,6 +168,8 @@ def test_files_and_folders(tmp_path):
         load_text(str(tmp_path / "c.bin"))
     with pytest.raises(ValueError, match="exists, got"):
         load_text(str(tmp_path / "nowhere"))
+    (tmp_path / "windows.txt").write_bytes("\ufeffeins\r\nzwei\r\n".encode())
+    assert load_text(str(tmp_path / "windows.txt")).text == "eins\nzwei\n"
     (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         load_text(str(tmp_path / "empty"))

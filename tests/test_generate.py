@@ -85,6 +85,7 @@ def test_a_pause_leaves_gradients_on():
     "setting,message",
     [
         ({"temperature": -1.0}, "temperature must be 0 .* or positive, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* or positive, got nan"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),

@@ -58,6 +58,9 @@ def test_a_torn_line_is_left_out_and_what_is_not_finite_is_null(tmp_path):
     path.write_text('{"step": 1, "grad_norm": null}\n{"step": 2, "lo')
     assert read_json_lines(path) == [{"step": 1, "grad_norm": None}]
     assert read_json_lines(tmp_path / "none") == []
+    path.write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl must be JSON"):
+        read_json_lines(path)
 
 
 def test_samples_beyond_the_checkpoint_are_written_again(tmp_path):

@@ -115,6 +115,21 @@ def test_what_cannot_be_read_is_said(tmp_path, capsys, content, overrides, messa
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world\n", b"step,loss\n"])
+def test_what_is_no_file_of_torchs_is_said(tmp_path, content):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt must hold a state_dict"):
+        load_weights(tmp_path / "w.pt", ["n_head=2"])
+
+
+def test_places_without_weights_are_said(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: there is none"):
+        load_weights(tmp_path / "nowhere", ["n_head=2"])
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ValueError, match=r"is a run: name the checkpoint in it to begin with, .*best\.pt"):
+        load_weights(tmp_path, [])
+
+
 def test_a_torn_safetensors_file_is_said(tmp_path):
     path = tmp_path / "w.safetensors"
     write_safetensors(path, model_of().state_dict())
