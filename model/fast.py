@@ -53,7 +53,11 @@ class TiedLookUp(torch.autograd.Function):
 
 
 class FastGPT(nn.Module):
-    """A GPT with the reference's parameters, names and initial weights, computed by one backend of gptkernels."""
+    """A GPT with the reference's parameters, names and initial weights, computed by one backend of gptkernels.
+
+    Its modules only hold the parameters: their own forwards and hooks are not called, so that a module put in the place of
+    one changes nothing but the weights. To compute a part in another way, override attend, think or block in a subclass.
+    """
 
     positions: Tensor
 

@@ -128,6 +128,25 @@ def test_one_state_dict_loads_into_both(config):
     assert torch.equal(other(x)[0], gpt(x)[0])
 
 
+class OwnAttention(FastGPT):
+    """A fast model whose attention is torch's, as README tells to plug one in."""
+
+    def attend(self, attn, h, layer, seed):
+        B, T, C = h.shape
+        q, k, v = attn.c_attn(h).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attn.c_proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+def test_an_attention_of_ones_own():
+    own = OwnAttention.from_reference(make_reference())
+    idx, targets = batch()
+    loss, expected = own(idx, targets)[1], own.to_reference()(idx, targets)[1]
+    torch.testing.assert_close(loss, expected)
+    gradients, wanted = (torch.autograd.grad(x, list(own.parameters())) for x in (loss, expected))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_parameter_names_are_gpt2s():
     names = set(GPT(CONFIG).state_dict())
     block = {
