@@ -185,6 +185,8 @@ def say_fallback(reason: str) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product on x is computed in: autocast's where it is on, else x's own."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     device = x.device.type
     # meta tensors have no autocast; to ask torch which devices have is a question that Dynamo of torch 2.11 cannot trace.
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -195,6 +197,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in dtype, without the microsecond that `to` takes to find nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of the tensors; raises where that is a derivative in forward mode."""
+    check_tangents(*tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() of a generator takes as long again
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -68,15 +68,21 @@ def interpreted(op: str, name: str) -> Callable:
     return run
 
 
+# Found here once: on the way of every call a chain of attributes is time.
+dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+transforms, tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+profiler, compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
+
+
 def watched(arguments: tuple[Any, ...]) -> bool:
     """Whether a compiler, a tracer, a transform, a mode, a profiler or a subclass of Tensor is there to see a call."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        compiling()
+        or dispatch_modes() > 0
+        or function_modes() > 0
+        or transforms()
+        or tracing() is not None
+        or profiler()
         or not PLAIN.issuperset(map(type, arguments))
     )
 

@@ -92,7 +92,7 @@ def test_offsets_of_64_bits_match_the_oracle(name):
 def test_wide_strides_take_64_bits():
     """Without force, where the last row of a tile lies 2^31 elements from its first one."""
     assert attention_kernels.needs_int64((0, 0, 2**24, 1)) and not attention_kernels.needs_int64((0, 0, 2**24 - 1, 1))
-    plan = partial(triton_tiles.plan, 64, 64, 64, dtype=torch.float32, device=torch.device("cpu"), tf32=False)
+    plan = partial(triton_tiles.plan, 64, 64, 64, dtype=torch.float32, tf32=False, device=torch.device("cpu"))
     for stride, wide in ((2**25, True), (2**25 - 1, False)):
         for strides, along in (((stride, 64), True), ((64, stride), True), ((stride, 64), False)):
             _, constants = plan(*strides, along, along, int64=False, descriptors=False)
@@ -106,7 +106,7 @@ def test_tensor_descriptors(monkeypatch, name, dtype):
     monkeypatch.setattr(linear_kernels, "FORCE_DESCRIPTORS", True)
     seen = []
     monkeypatch.setattr(
-        linear_kernels, "describe", lambda *args, describe=linear_kernels.describe: seen.append(1) or describe(*args)
+        linear_kernels, "blocks", lambda *args, blocks=linear_kernels.blocks: seen.append(1) or blocks(*args)
     )
     op, make = (linear, linear_inputs) if name == "linear" else (gelu_mlp, mlp_inputs)
     check_against_oracle(op, lambda seed: make((72, 24), 40, dtype, seed), "triton", draws=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, check_tangents, distinct, resolve, say_fallback
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, say_fallback, wants_gradients
 from gptkernels.ops.attention import native, reference
 
 # The widest head whose tiles the kernels keep in the caches or in shared memory.
@@ -55,8 +55,7 @@ def causal_attention(
     backend = choose(backend, q)
     if backend == "reference":
         return reference.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=key)
-    check_tangents(q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if wants_gradients(q, k, v):
         return CausalAttention.apply(backend, *distinct(q, k, v), scale, dropout_p, key)
     return native.forward(backend, q, k, v, scale, dropout_p, key)[0]
 
@@ -88,8 +87,7 @@ def causal_attention_packed(
     backend = choose(backend, qkv)
     if backend == "reference":
         return reference.causal_attention_packed(qkv, scale=scale, dropout_p=dropout_p, seed=key)
-    check_tangents(qkv)
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if wants_gradients(qkv):
         return CausalAttentionPacked.apply(backend, qkv, scale, dropout_p, key)
     return native.packed_forward(backend, qkv, scale, dropout_p, key)[0]
 

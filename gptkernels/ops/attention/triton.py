@@ -152,7 +152,6 @@ def constants_of(
         "DROPOUT": dropout_p > 0.0,
         "INT64": int64,
         "PRECISION": "tf32" if tf32 else "ieee",
-        "enable_fp_fusion": True,
     }
 
 
@@ -211,7 +210,6 @@ def backward_plans(
             "BLOCK_M": 32,
             "UNIT": unit,
             "INT64": int64,
-            "enable_fp_fusion": True,
         }
     else:
         flat, token = strides_of(0, 1, 2, 3, 4, 5)
@@ -231,17 +229,22 @@ def allow_tf32(dtype: torch.dtype) -> bool:
 
 
 def forward_into(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Strides,
+    S: int,
+    strides: tuple[Strides, ...],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
-    """Write the token-major `out`; returns stats."""
-    if scale < 0.0:
-        q, scale = -q, -scale  # the kernel's maximum is that of the products before the scale
-    dtype, device, shape = q.dtype, q.device, q.shape
-    stats = q.new_empty((*shape[:3], 2), dtype=torch.float32)
-    strides = (q.stride(), k.stride(), v.stride())
-    plan = forward_plan(
-        dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype)
-    )  # fmt: skip
+    """Write the token-major `out`; returns stats. q is of this shape (B, H, T, D), by the strides, whatever its view says."""
+    dtype = q.dtype
+    B, H, T, _ = shape
+    stats = q.new_empty(B, H, T, 2, dtype=torch.float32)
+    plan = forward_plan(dtype, q.device, shape, S, strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype))
     plan.launch(q, k, v, out, stats, q if seed is None else seed)
     return stats
 
@@ -254,24 +257,22 @@ def backward_into(
     v: Tensor,
     out: Tensor,
     stats: Tensor,
+    shape: Strides,
+    S: int,
+    strides: tuple[Strides, ...],
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
     atomics: bool,
 ) -> None:
-    """Write dq, dk and dv, of which dk and dv have the same strides."""
+    """Write dq, dk and dv, of which dk and dv have the same strides: those of dout, q, k, v, out, dq and dk."""
     dq, dk, dv = gradients
-    if scale < 0.0:  # as in the forward, whose stats these are
-        backward_into(gradients, dout, -q, k, v, out, stats, -scale, dropout_p, seed, atomics)
-        dq.neg_()
-        return
-    dtype, device, shape = q.dtype, q.device, q.shape
+    dtype = q.dtype
     B, H, T, D = shape
-    strides = (dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(), dk.stride())
     rows, keys = backward_plans(
-        dtype, device, shape, k.shape[2], strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype), atomics
+        dtype, q.device, shape, S, strides, scale, dropout_p, FORCE_INT64, allow_tf32(dtype), atomics
     )  # fmt: skip
-    terms = q.new_empty((B, H, 3 if dtype == torch.float32 else 2, T), dtype=torch.float32)
+    terms = q.new_empty(B, H, 3 if dtype == torch.float32 else 2, T, dtype=torch.float32)
     seed = q if seed is None else seed
     if not atomics:
         rows.launch(dout, q, k, v, out, stats, terms, dq, seed)
@@ -280,16 +281,19 @@ def backward_into(
     dq_sum = q.new_zeros((B, H, T, D), dtype=torch.float32)
     rows.launch(dout, out, stats, terms)
     keys.launch(dout, q, k, v, terms, dq_sum, dk, dv, seed)
-    dq.copy_(dq_sum.mul_(scale))
+    dq.as_strided(shape, strides[5]).copy_(dq_sum.mul_(scale))
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """out (token-major in memory) and stats (B, H, T, 2) fp32: each row's largest q k and its sum of exponentials."""
-    B, H, T, D = q.shape
-    out = q.new_empty((B, T, H, D))
-    return out.transpose(1, 2), forward_into(out, q, k, v, scale, dropout_p, seed)
+    if scale < 0.0:
+        q, scale = -q, -scale  # the kernel's maximum is that of the products before the scale
+    B, H, T, D = shape = q.shape
+    out = q.new_empty(B, T, H, D)
+    strides = q.stride(), k.stride(), v.stride()
+    return out.transpose(1, 2), forward_into(out, q, k, v, shape, k.shape[2], strides, scale, dropout_p, seed)
 
 
 def attention_backward(
@@ -305,17 +309,32 @@ def attention_backward(
     atomics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With `atomics` in one pass of 5 products instead of 7, whose sums have no fixed order."""
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    backward_into((dq, dk, dv), dout, q, k, v, out, stats, scale, dropout_p, seed, atomics)
+    if scale < 0.0:  # as in the forward, whose stats these are
+        dq, dk, dv = attention_backward(dout, -q, k, v, out, stats, -scale, dropout_p, seed, atomics)
+        return dq.neg_(), dk, dv
+    dq, dk, dv = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
+    strides = dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(), dq.stride(), dk.stride()
+    backward_into(
+        (dq, dk, dv), dout, q, k, v, out, stats, q.shape, k.shape[2], strides, scale, dropout_p, seed, atomics
+    )
     return dq, dk, dv
+
+
+def of_heads(strides: Strides) -> Strides:
+    """Strides (B, H, T, D) of (B, T, H, D): less time than a transposed view takes."""
+    b, t, h, d = strides
+    return b, h, t, d
 
 
 def attention_packed_forward(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """out (B, T, H, D) and stats, as attention_forward, of qkv (B, T, 3, H, D)."""
+    if scale < 0.0:
+        qkv, scale = negated_queries(qkv), -scale
     B, T, _, H, D = qkv.shape
-    out = qkv.new_empty((B, T, H, D))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    return out, forward_into(out, q, k, v, scale, dropout_p, seed)
+    out = qkv.new_empty(B, T, H, D)
+    q, k, v = qkv.unbind(2)
+    strides = 3 * (of_heads(q.stride()),)
+    return out, forward_into(out, q, k, v, (B, H, T, D), T, strides, scale, dropout_p, seed)
 
 
 def attention_packed_backward(
@@ -329,9 +348,20 @@ def attention_packed_backward(
     atomics: bool = False,
 ) -> Tensor:
     """dqkv in qkv's layout."""
-    dqkv = qkv.new_empty(qkv.shape)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4).unbind()
-    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    backward_into((dq, dk, dv), dout, q, k, v, out, stats, scale, dropout_p, seed, atomics)
+    if scale < 0.0:  # as in the forward, whose stats these are
+        dqkv = attention_packed_backward(dout, negated_queries(qkv), out, stats, -scale, dropout_p, seed, atomics)
+        dqkv.select(2, 0).neg_()
+        return dqkv
+    B, T, _, H, D = qkv.shape
+    dqkv = qkv.new_empty(B, T, 3, H, D)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
+    packed, dpacked = of_heads(q.stride()), of_heads(dq.stride())
+    strides = of_heads(dout.stride()), packed, packed, packed, of_heads(out.stride()), dpacked, dpacked
+    backward_into((dq, dk, dv), dout, q, k, v, out, stats, (B, H, T, D), T, strides, scale, dropout_p, seed, atomics)
     return dqkv
+
+
+def negated_queries(qkv: Tensor) -> Tensor:
+    """A copy of qkv with -q."""
+    q, k, v = qkv.unbind(2)
+    return torch.stack((-q, k, v), 2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, check_tangents, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
 from gptkernels.ops.cross_entropy import native, reference
 from gptkernels.ops.linear.api import check_weight
 
@@ -56,9 +56,8 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             x, weight, targets, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size
         )
-    check_tangents(x, weight)
     settings = (targets, ignore_index, reduction == "mean", V)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if wants_gradients(x, weight):
         return LinearCrossEntropy.apply(backend, *distinct(x, weight), *settings)
     return native.forward(backend, x, weight, *settings)
 

@@ -30,20 +30,20 @@ ALIGNED, PADDED = 16, 64
 class Kernels(Protocol):
     """What a backend brings."""
 
-    def count(self, targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-        """int64: the number of targets that count, and of those that are out of range."""
+    def count(self, targets: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """The number of targets that count, and whether none is out of range (bool), both 0-d."""
 
     def rows(
         self,
         logits: Tensor,
         targets: Tensor,
-        counts: Tensor,
+        used: Tensor,
         ignore_index: int,
         mean: bool,
         vocab_size: int,
         gradient: bool,
     ) -> Tensor:
-        """Losses of the rows; with `gradient` the logits become dlogits, 0 beyond vocab_size; divided by counts[0] if
+        """Losses of the rows; with `gradient` the logits become dlogits, 0 beyond vocab_size; divided by `used` if
         mean. logits is contiguous, its rows multiples of 16 bytes."""
 
 
@@ -65,7 +65,7 @@ def rows_of_a_chunk(N: int, width: int) -> int:
 def words(weight: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """The first vocab_size rows of weight in dtype, and rows of zeros up to a size that cuBLAS is fast with."""
     if vocab_size % ALIGNED == 0:
-        return weight[:vocab_size].to(dtype)
+        return weight if vocab_size == len(weight) and weight.dtype == dtype else weight[:vocab_size].to(dtype)
     padded = weight.new_empty((round_up(vocab_size, PADDED), weight.shape[1]), dtype=dtype)
     padded[:vocab_size] = weight[:vocab_size]
     padded[vocab_size:] = 0
@@ -94,25 +94,29 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the number of targets that count, of words()'s weight; `out`, both fp32, become dx and dW but for
     float16's factor 1 / used; dW begins at 0."""
-    counts = kernels.count(targets, ignore_index, vocab_size)
+    used, fine = kernels.count(targets, ignore_index, vocab_size)
     message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
-    torch._assert_async(counts[1] == 0, message)
+    torch._assert_async(fine, message)
     (N, _), width = x.shape, weight.shape[0]
     rows = rows_of_a_chunk(N, width)
-    buffer = x.new_empty((rows, width))
+    buffer, columns, whole = x.new_empty(rows, width), weight.t(), rows == N
     losses = []
     scaled = mean and x.dtype != torch.float16
     for begin in range(0, N, max(1, rows)):
-        chunk = slice(begin, min(N, begin + rows))
-        logits = buffer[: chunk.stop - begin]
-        torch.mm(x[chunk], weight.t(), out=logits)
-        losses.append(kernels.rows(logits, targets[chunk], counts, ignore_index, scaled, vocab_size, out is not None))
+        # All rows at once are no slice: each takes 2 us.
+        chunk = slice(begin, begin + rows)
+        x_rows, target_rows = (x, targets) if whole else (x[chunk], targets[chunk])
+        logits = buffer if whole else buffer[: x_rows.shape[0]]
+        torch.mm(x_rows, columns, out=logits)
+        losses.append(kernels.rows(logits, target_rows, used, ignore_index, scaled, vocab_size, out is not None))
         if out is not None:
             dx, sums = out
-            add_product(dx[chunk], logits, weight, beta=0)
-            add_product(sums, logits.t(), x[chunk])
-    total = torch.cat(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
-    return (total / counts[0] if mean else total), counts[0]
+            add_product(dx if whole else dx[chunk], logits, weight, beta=0)
+            add_product(sums, logits.t(), x_rows)
+    if len(losses) > 1:
+        losses = [torch.cat(losses)]
+    total = losses[0].sum() if losses else x.new_zeros((), dtype=torch.float32)
+    return (total / used if mean else total), used
 
 
 def forward(

@@ -12,9 +12,14 @@ from torch import Tensor
 
 from gptkernels.ops.cross_entropy import chunks
 
-KERNELS = SimpleNamespace(
-    count=torch.ops.gptkernels_kernels.cross_entropy_count, rows=torch.ops.gptkernels_kernels.cross_entropy_rows
-)
+
+def count(targets: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """chunks.Kernels.count."""
+    used, wrong = torch.ops.gptkernels_kernels.cross_entropy_count(targets, ignore_index, vocab_size).unbind()
+    return used, wrong == 0
+
+
+KERNELS = SimpleNamespace(count=count, rows=torch.ops.gptkernels_kernels.cross_entropy_rows)
 
 
 def linear_cross_entropy_forward(

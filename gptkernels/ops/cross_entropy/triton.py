@@ -12,6 +12,7 @@ Deterministic: one program a row, sums in fixed order, no atomics.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.ops.cross_entropy import chunks
-from gptkernels.triton_launch import launch
+from gptkernels.triton_launch import Plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every logit, and finite: a thread that has seen none has the sum 0 x 2^0, not NaN.
@@ -28,8 +29,8 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def count_kernel(targets_ptr, used_ptr, N, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
-    """used = (number of targets that count, number of targets out of range); one program."""
+def count_kernel(targets_ptr, used_ptr, fine_ptr, N, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    """used = number of targets that count, fine = whether none is out of range; one program."""
     used = tl.zeros((BLOCK,), tl.int64)
     wrong = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, N, BLOCK):
@@ -38,8 +39,8 @@ def count_kernel(targets_ptr, used_ptr, N, V, IGNORE: tl.constexpr, BLOCK: tl.co
         counts = target != IGNORE
         used += counts.to(tl.int64)
         wrong += (counts & ((target < 0) | (target >= V))).to(tl.int64)
-    tl.store(used_ptr, tl.sum(used, 0))
-    tl.store(used_ptr + 1, tl.sum(wrong, 0))
+    tl.store(used_ptr, tl.sum(used, 0).to(tl.float32))
+    tl.store(fine_ptr, tl.sum(wrong, 0) == 0)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def cross_entropy_kernel(
         if GRADIENT:
             scale = 1.0
             if MEAN:
-                scale = 1.0 / tl.load(used_ptr).to(tl.float32)
+                scale = 1.0 / tl.load(used_ptr)
             factor = scale / total_row
             for start in range(0, whole, STEP):
                 store_gradient(row_ptr, start, m_row, factor, V, width, UNROLL, THREADS, VECTOR, False)
@@ -146,23 +147,38 @@ def tiles(itemsize: int) -> dict[str, int]:
     return {"UNROLL": 2 * itemsize, "THREADS": 256, "VECTOR": 16 // itemsize, "num_warps": 8}
 
 
-def count(targets: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
+@lru_cache(maxsize=1024)
+def count_plan(N: int, device: torch.device, ignore_index: int, vocab_size: int) -> Plan:
+    """Of count_kernel."""
+    return Plan(count_kernel, (1,), device, (N, vocab_size), {"IGNORE": ignore_index, "BLOCK": 2048, "num_warps": 8})
+
+
+def count(targets: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     """chunks.Kernels.count."""
-    counts = targets.new_empty((2,))
-    constants = {"IGNORE": ignore_index, "BLOCK": 2048, "num_warps": 8}
-    launch(count_kernel, (1,), targets.device, targets, counts, targets.shape[0], vocab_size, **constants)
-    return counts
+    # A number that divides another of its own dtype takes half the time.
+    used, fine = targets.new_empty((), dtype=torch.float32), targets.new_empty((), dtype=torch.bool)
+    count_plan(targets.shape[0], targets.device, ignore_index, vocab_size).launch(targets, used, fine)
+    return used, fine
+
+
+@lru_cache(maxsize=1024)
+def rows_plan(
+    N: int, width: int, itemsize: int, device: torch.device, ignore_index: int, mean: bool, vocab_size: int,
+    gradient: bool,
+) -> Plan:  # fmt: skip
+    """Of cross_entropy_kernel."""
+    constants = {"IGNORE": ignore_index, "MEAN": mean, "GRADIENT": gradient, **tiles(itemsize)}
+    return Plan(cross_entropy_kernel, (N,), device, (vocab_size, width), constants)
 
 
 def rows(
-    logits: Tensor, targets: Tensor, counts: Tensor, ignore_index: int, mean: bool, vocab_size: int, gradient: bool
+    logits: Tensor, targets: Tensor, used: Tensor, ignore_index: int, mean: bool, vocab_size: int, gradient: bool
 ) -> Tensor:
     """chunks.Kernels.rows."""
-    (N, width), tile = logits.shape, tiles(logits.element_size())
-    losses = logits.new_empty((N,), dtype=torch.float32)
-    tensors = logits, targets, losses, counts
-    constants = {"IGNORE": ignore_index, "MEAN": mean, "GRADIENT": gradient, **tile}
-    launch(cross_entropy_kernel, (N,), logits.device, *tensors, vocab_size, width, **constants)
+    N, width = logits.shape
+    losses = logits.new_empty(N, dtype=torch.float32)
+    plan = rows_plan(N, width, logits.itemsize, logits.device, ignore_index, mean, vocab_size, gradient)
+    plan.launch(logits, targets, losses, used)
     return losses
 
 

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, check_backward, check_tangents, distinct, resolve
+from gptkernels.backend import autocast_dtype, check_backward, distinct, resolve, wants_gradients
 from gptkernels.ops.layer_norm import native, reference
 
 
@@ -64,19 +64,19 @@ def layer_norm(
     """
     check(x, weight, bias, eps, residual)
     dtype = autocast_dtype(x)
-    dtypes = {x.dtype, dtype} if residual is None else {x.dtype, dtype, residual.dtype}
-    chosen = [resolve(backend, x, each) for each in dtypes]
-    if "reference" in chosen:
+    chosen = resolve(backend, x)
+    for each in (dtype, x.dtype if residual is None else residual.dtype):
+        if each != x.dtype and resolve(backend, x, each) == "reference":
+            chosen = "reference"
+    if chosen == "reference":
         result = reference.layer_norm(x, weight, bias, eps, residual=residual)
         return result.to(dtype) if isinstance(result, Tensor) else (result[0].to(dtype), result[1])
     if weight is None and bias is not None and bias.dtype != x.dtype:
         weight = torch.ones_like(bias)  # the kernels give dbias in weight's dtype, or x's, which is less than bias has
-    tensors = (x, residual, weight, bias)
-    check_tangents(*tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if wants_gradients(x, residual, weight, bias):
         function = LayerNorm if residual is None else AddLayerNorm
-        return function.apply(chosen[0], *distinct(*tensors), eps, dtype)
-    y, total, _, _ = native.forward(chosen[0], *tensors, eps, dtype)
+        return function.apply(chosen, *distinct(x, residual, weight, bias), eps, dtype)
+    y, total, _, _ = native.forward(chosen, x, residual, weight, bias, eps, dtype)
     return y if residual is None else (y, total)
 
 
@@ -84,31 +84,37 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, res
     """Raise unless shapes, dtypes and devices fit together."""
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (..., C) with C >= 1, got {tuple(x.shape)}")
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x must be (..., C) with C >= 1, got {tuple(shape)}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is None:
-            continue
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(f"{name} must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}")
-        if vector.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {vector.device}: move one of them")
-        if vector.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name} must be in x's dtype {x.dtype} or float32, got {vector.dtype}: convert it")
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        raise TypeError(
-            f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}: convert one of them"
-        )
+    if weight is not None:
+        check_vector("weight", weight, shape, dtype, device)
+    if bias is not None:
+        check_vector("bias", bias, shape, dtype, device)
+        if weight is not None and weight.dtype != bias.dtype:
+            raise TypeError(
+                f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}: convert one of them"
+            )
     if residual is not None:
-        if residual.shape != x.shape or residual.device != x.device:
+        if residual.shape != shape or residual.device != device:
             raise ValueError(
                 f"residual must have x's shape and device, got {tuple(residual.shape)} on {residual.device} "
-                f"for {tuple(x.shape)} on {x.device}"
+                f"for {tuple(shape)} on {device}"
             )
         if not residual.is_floating_point():
             raise TypeError(f"residual must be floating point, got {residual.dtype}: convert it")
+
+
+def check_vector(name: str, vector: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a weight or bias goes with an x of this shape, dtype and device."""
+    if vector.shape != (shape[-1],):
+        raise ValueError(f"{name} must be ({shape[-1]},) for x {tuple(shape)}, got {tuple(vector.shape)}")
+    if vector.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {vector.device}: move one of them")
+    if vector.dtype != dtype and vector.dtype != torch.float32:
+        raise TypeError(f"{name} must be in x's dtype {dtype} or float32, got {vector.dtype}: convert it")
 
 
 class LayerNorm(torch.autograd.Function):

@@ -18,14 +18,14 @@ kernel adds those in a fixed tree. No atomics or locks: the same bits every time
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptkernels.triton_launch import launch, limits
+from gptkernels.triton_launch import Plan, limits
 
 MaybeTensor = Tensor | None
 
@@ -325,22 +325,26 @@ def tiles(C: int, itemsize: int, backward: bool = False) -> dict[str, int]:
     return {**tile, "RELOAD": reload} if backward else tile
 
 
+@lru_cache(maxsize=1024)
+def forward_plan(N: int, C: int, dtypes: tuple[torch.dtype, ...], device: torch.device, eps: float) -> Plan:
+    """Of forward_kernel; dtypes of x, y and the residual, if there is one."""
+    tile = tiles(C, min(4, *(dtype.itemsize for dtype in dtypes)))
+    return Plan(forward_kernel, (-(-N // tile["ROWS"]),), device, (N, eps), tile)
+
+
 def forward(
     x: Tensor, residual: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float, dtype: torch.dtype,
     total: MaybeTensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, mean and rstd; the sum goes to total, if there is one."""
-    C = x.shape[-1]
-    N = x.numel() // C
+    *rows, C = x.shape
     y = torch.empty_like(x, dtype=dtype)
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    # Sizes one by one take half the time of a list.
+    mean = x.new_empty(*rows, dtype=torch.float32) if rows else x.new_empty((), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if N == 0:
-        return y, mean, rstd
-    narrowest = min(x.element_size(), y.element_size(), 4 if residual is None else residual.element_size())
-    tile = tiles(C, narrowest)
-    grid = (-(-N // tile["ROWS"]),)
-    launch(forward_kernel, grid, x.device, x, residual, weight, bias, y, total, mean, rstd, N, eps, **tile)
+    dtypes = (x.dtype, dtype) if residual is None else (x.dtype, dtype, residual.dtype)
+    plan = forward_plan(mean.numel(), C, dtypes, x.device, eps)
+    plan.launch(x, residual, weight, bias, y, total, mean, rstd)
     return y, mean, rstd
 
 
@@ -361,6 +365,20 @@ def add_layer_norm_forward(
     return y, total, mean, rstd
 
 
+@lru_cache(maxsize=1024)
+def backward_plans(N: int, C: int, itemsize: int, device: torch.device) -> tuple[int, Plan, Plan]:
+    """How many programs there are, and the plans of backward_kernel and of sum_kernel."""
+    tile = tiles(C, itemsize, backward=True)
+    # A processor more or less than a GPU has changes the order of the sums: without one, an A100's number.
+    processors = limits(device).processors if device.type == "cuda" else 108
+    resident = processors * max(1, BACKWARD_WARPS // tile["num_warps"])
+    programs = max(1, min(resident, -(-N // (ROWS_A_PROGRAM * tile["ROWS"]))))
+    rows = min(SUM_ROWS, triton.next_power_of_2(programs))
+    sum_tile = {"C": C, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": SUM_COLUMNS, "num_warps": 8}
+    backward = Plan(backward_kernel, (programs,), device, (N,), tile)
+    return programs, backward, Plan(sum_kernel, (-(-C // SUM_COLUMNS),), device, (programs,), sum_tile)
+
+
 def layer_norm_backward(
     dy: Tensor, dtotal: MaybeTensor, x: Tensor, weight: MaybeTensor, has_bias: bool, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,21 +386,13 @@ def layer_norm_backward(
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     C = x.shape[-1]
-    N = x.numel() // C
     like = x if weight is None else weight
     dx = torch.empty_like(x)
     dweight = like.new_empty((0 if weight is None else C,))
     dbias = like.new_empty((C if has_bias else 0,))
-    tile = tiles(C, min(dy.element_size(), x.element_size()), backward=True)
-    device = x.device
-    # A processor more or less than a GPU has changes the order of the sums: without one, an A100's number.
-    processors = limits(device).processors if device.type == "cuda" else 108
-    resident = processors * max(1, BACKWARD_WARPS // tile["num_warps"])
-    programs = max(1, min(resident, -(-N // (ROWS_A_PROGRAM * tile["ROWS"]))))
+    programs, backward, add = backward_plans(mean.numel(), C, min(dy.itemsize, x.itemsize), x.device)
     sums = [x.new_empty((programs, C), dtype=torch.float32) if g.numel() else None for g in (dweight, dbias)]
-    launch(backward_kernel, (programs,), device, dy, dtotal, x, weight, mean, rstd, dx, *sums, N, **tile)
+    backward.launch(dy, dtotal, x, weight, mean, rstd, dx, *sums)
     if sums[0] is not None or sums[1] is not None:
-        sum_rows = min(SUM_ROWS, triton.next_power_of_2(programs))
-        sum_tile = {"C": C, "BLOCK_ROWS": sum_rows, "BLOCK_COLUMNS": SUM_COLUMNS, "num_warps": 8}
-        launch(sum_kernel, (-(-C // SUM_COLUMNS),), device, *sums, dweight, dbias, programs, **sum_tile)
+        add.launch(*sums, dweight, dbias)
     return dx, dweight, dbias

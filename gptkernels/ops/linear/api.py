@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, check_tangents, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
 from gptkernels.ops.linear import native, reference
 
 
@@ -36,10 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear(x, weight, bias)
-    check_tangents(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if wants_gradients(x, weight, bias):
         return Linear.apply(backend, *distinct(x, weight, bias))
     return native.forward(backend, x, weight, bias)
 

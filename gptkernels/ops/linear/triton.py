@@ -21,6 +21,7 @@ float32 means full precision on the FMA units; TF32 only with torch.backends.cud
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gptkernels.ops.linear.choice import choose
-from gptkernels.ops.linear.triton_descriptors import accumulate_descriptors, describe
+from gptkernels.ops.linear.triton_descriptors import accumulate_descriptors, blocks
 from gptkernels.ops.linear.triton_tiles import plan, vector
-from gptkernels.triton_launch import launch, limits
+from gptkernels.triton_launch import Plan, limits
 
 # For tests on small inputs: offsets within a tile in 64 bits, and tensor descriptors where the device has none. The MLP's
 # kernels, which stand on this file, follow them too.
@@ -239,10 +240,8 @@ def column_sums_kernel(
     tl.store(sums_ptr + tl.program_id(0) * tl.cast(N, tl.int64) + j, sums, mask=j < N)
 
 
-def prepare(
-    a: Tensor, b: Tensor, a_along_k: bool = True, b_along_k: bool = False
-) -> tuple[tuple[int, ...], tuple[Any, Any], tuple[int, ...], dict[str, Any]]:
-    """(grid, factors, sizes and strides, constants) of a GEMM kernel on A and B, each with a contiguous last dimension.
+def product_of(a: Tensor, b: Tensor, a_along_k: bool = True, b_along_k: bool = False) -> tuple[Any, ...]:
+    """(M, N, K) and all else that the plan of a GEMM kernel on A and B, each with a contiguous last dimension, follows from.
 
     a is A (M, K) or, not along K, its transpose (K, M); b is B (K, N) or, along K, its transpose (N, K): a flag costs
     less time here than a transposed view.
@@ -252,15 +251,25 @@ def prepare(
         M, K = K, M
     if b_along_k:
         N = K_b
-    stride_a, stride_b = a.stride(0), b.stride(0)
     dtype, device = a.dtype, a.device
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     descriptors = (FORCE_DESCRIPTORS or limits(device).descriptors) and (a.data_ptr() | b.data_ptr()) % 16 == 0
-    grid, constants = plan(
-        M, N, K, stride_a, stride_b, a_along_k, b_along_k, dtype, device, tf32, FORCE_INT64, descriptors
-    )
-    factors = describe(a, b, constants) if constants["DESCRIPTORS"] else (a, b)
-    return grid, factors, (M, N, K, stride_a, stride_b), constants
+    return (
+        M, N, K, a.stride(0), b.stride(0), a_along_k, b_along_k, dtype, tf32, FORCE_INT64, descriptors, device,
+    )  # fmt: skip
+
+
+def gemm_plan(kernel: Any, product: tuple[Any, ...], **constants: Any) -> Plan:
+    """Of a GEMM kernel, which has these constants beside the tile's."""
+    grid, tile = plan(*product)
+    sizes, device = product[:5], product[-1]
+    return Plan(kernel, grid, device, sizes, constants | tile, blocks(tile) if tile["DESCRIPTORS"] else ())
+
+
+@lru_cache(maxsize=4096)
+def plain_plan(*product: Any) -> Plan:
+    """Of gemm_kernel."""
+    return gemm_plan(gemm_kernel, product)
 
 
 def int64(reach: int) -> bool:
@@ -278,15 +287,19 @@ def column_sums(x: Tensor, out: Tensor) -> None:
     launch_column_sums(x, out, rows)
 
 
-def launch_column_sums(x: Tensor, sums: Tensor, rows_each: int) -> None:
-    """One row of `sums` from each `rows_each` rows of x; with none, one row of zeros.
+@lru_cache(maxsize=4096)
+def column_sums_plan(rows: int, each: int, N: int, stride: int, itemsize: int, sums: int, device: torch.device) -> Plan:
+    """Of column_sums_kernel, to so many rows of sums. One warp a program: no sum then crosses shared memory."""
+    constants = {"VECTOR": vector(itemsize, N, stride), "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 1}
+    grid = (sums, triton.cdiv(N, 64))  # the second axis ends at 65535
+    return Plan(column_sums_kernel, grid, device, (rows, each, N, stride), constants)
 
-    One warp a program: no sum then crosses shared memory.
-    """
-    (rows, N), stride = x.shape, x.stride(0)
-    constants = {"VECTOR": vector(x, N, stride), "BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 1}
-    grid = (max(sums.numel() // max(N, 1), 1), triton.cdiv(N, 64))  # the second axis ends at 65535
-    launch(column_sums_kernel, grid, x.device, x, sums, rows, rows_each, N, stride, **constants)
+
+def launch_column_sums(x: Tensor, sums: Tensor, rows_each: int) -> None:
+    """One row of `sums` from each `rows_each` rows of x; with none, one row of zeros."""
+    rows, N = x.shape
+    count = max(sums.numel() // max(N, 1), 1)
+    column_sums_plan(rows, rows_each, N, x.stride(0), x.itemsize, count, x.device).launch(x, sums)
 
 
 def multiply(
@@ -298,20 +311,14 @@ def multiply(
     b_along_k: bool = False,
     gemm: str | None = None,
 ) -> None:
-    """out = A B + bias, factors as in prepare(), by `gemm` or what choose() says."""
-    device = a.device
+    """out = A B + bias, factors as in product_of(), by `gemm` or what choose() says."""
+    product = product_of(a, b, a_along_k, b_along_k)
     if gemm is None:
-        gemm = choose("plain", *product_sizes(a, b, a_along_k, b_along_k), a.dtype, device)
+        gemm = choose("plain", *product[:3], a.dtype, a.device)
     if gemm == "cublas":
         cublas(a if a_along_k else a.t(), b.t() if b_along_k else b, bias, out)
     else:
-        grid, factors, sizes, constants = prepare(a, b, a_along_k, b_along_k)
-        launch(gemm_kernel, grid, device, *factors, bias, out, *sizes, **constants)
-
-
-def product_sizes(a: Tensor, b: Tensor, a_along_k: bool, b_along_k: bool) -> tuple[int, int, int]:
-    """M, N, K."""
-    return a.shape[0 if a_along_k else 1], b.shape[0 if b_along_k else 1], a.shape[1 if a_along_k else 0]
+        plain_plan(*product).launch(a, b, bias, out)
 
 
 def cublas(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -341,7 +348,7 @@ def as_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W^T + b."""
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     multiply(as_rows(x), as_weight(weight, x.dtype), y, bias, b_along_k=True)
     return y
 

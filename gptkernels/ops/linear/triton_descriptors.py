@@ -6,8 +6,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -33,9 +31,9 @@ def accumulate_descriptors(
     return acc
 
 
-def describe(a: Tensor, b: Tensor, constants: dict[str, Any]) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Tensor descriptors of the two factors as they lie in memory, last dimension contiguous."""
+def blocks(constants: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Of the two factors as they lie in memory, last dimension contiguous."""
     BLOCK_M, BLOCK_N, BLOCK_K = constants["BLOCK_M"], constants["BLOCK_N"], constants["BLOCK_K"]
     a_block = [BLOCK_M, BLOCK_K] if constants["A_ALONG_K"] else [BLOCK_K, BLOCK_M]
     b_block = [BLOCK_N, BLOCK_K] if constants["B_ALONG_K"] else [BLOCK_K, BLOCK_N]
-    return TensorDescriptor.from_tensor(a, a_block), TensorDescriptor.from_tensor(b, b_block)
+    return a_block, b_block

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from gptkernels.triton_launch import limits
 
@@ -51,7 +49,6 @@ def tiles(
     }
 
 
-@lru_cache(maxsize=4096)
 def plan(
     M: int,
     N: int,
@@ -61,10 +58,10 @@ def plan(
     a_along_k: bool,
     b_along_k: bool,
     dtype: torch.dtype,
-    device: torch.device,
     tf32: bool,
     int64: bool,
     descriptors: bool,
+    device: torch.device,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a launch."""
     shared_memory, processors = limits(device)[:2]
@@ -87,7 +84,7 @@ def plan(
     return grid, constants
 
 
-def vector(t: Tensor, *sizes: int) -> int:
+def vector(itemsize: int, *sizes: int) -> int:
     """The elements of a 16-byte load if all sizes are multiples of it, else 1."""
-    elements = 16 // t.element_size()
+    elements = 16 // itemsize
     return elements if all(size % elements == 0 for size in sizes) else 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, check_tangents, distinct, resolve
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
 from gptkernels.ops.linear.api import check_bias, check_weight
 from gptkernels.ops.mlp import native, reference
 
@@ -50,11 +50,10 @@ def gelu_mlp(
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)
-    tensors = (x, w_fc, b_fc, w_proj, b_proj)
-    check_tangents(*tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return GeluMlp.apply(backend, *distinct(*tensors), approximate == "tanh")
-    return native.forward(backend, *tensors, approximate == "tanh")[0]
+    tanh = approximate == "tanh"
+    if wants_gradients(x, w_fc, b_fc, w_proj, b_proj):
+        return GeluMlp.apply(backend, *distinct(x, w_fc, b_fc, w_proj, b_proj), tanh)
+    return native.forward(backend, x, w_fc, b_fc, w_proj, b_proj, tanh)[0]
 
 
 def check(

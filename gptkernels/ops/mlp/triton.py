@@ -13,6 +13,9 @@ Tiling, loads, determinism: see ops/linear/triton.py. No atomics; every sum is i
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,16 +29,17 @@ from gptkernels.ops.linear.triton import (
     as_weight,
     column_sums,
     cublas,
+    gemm_plan,
     int64,
     load_bias,
     multiple,
     multiply,
     output_tile,
-    prepare,
+    product_of,
     tile_of,
 )
 from gptkernels.ops.linear.triton_tiles import vector
-from gptkernels.triton_launch import launch
+from gptkernels.triton_launch import Plan
 
 # The tile of a pass over memory without a product: 32 elements a thread.
 PASS_M, PASS_N = 16, 256
@@ -296,24 +300,35 @@ def gelu_mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and h for the backward."""
     (F, C), dtype, device = w_fc.shape, x.dtype, x.device
-    y, h = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], F))
+    y, h = x.new_empty(*x.shape), x.new_empty(*x.shape[:-1], F)
     x = as_rows(x)
-    g, w_fc = x.new_empty((x.shape[0], F)), as_weight(w_fc, dtype)
+    g, w_fc = x.new_empty(x.shape[0], F), as_weight(w_fc, dtype)
     gelu_forward(x, w_fc, b_fc, h, g, tanh, choose("gelu", x.shape[0], F, C, dtype, device))
     multiply(g, as_weight(w_proj, dtype), y, b_proj, b_along_k=True)
     return y, h
 
 
+@lru_cache(maxsize=4096)
+def gemm_gelu_plan(tanh: bool, *product: Any) -> Plan:
+    """Of gemm_gelu_kernel."""
+    return gemm_plan(gemm_gelu_kernel, product, TANH=tanh)
+
+
+@lru_cache(maxsize=4096)
+def gelu_plan(size: int, tanh: bool, itemsize: int, device: torch.device) -> Plan:
+    """Of gelu_kernel."""
+    block = PASS_M * PASS_N
+    constants = {"TANH": tanh, "VECTOR": vector(itemsize, size), "BLOCK": block}
+    return Plan(gelu_kernel, (-(-size // block),), device, (size,), constants)
+
+
 def gelu_forward(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, h: Tensor, g: Tensor, tanh: bool, gemm: str) -> None:
     """h = x W_fc^T + b_fc and g = gelu(h), by the one kernel or by cuBLAS and a pass."""
-    device = x.device
     if gemm == "triton":
-        grid, factors, sizes, constants = prepare(x, w_fc, b_along_k=True)
-        launch(gemm_gelu_kernel, grid, device, *factors, b_fc, h, g, *sizes, TANH=tanh, **constants)
+        gemm_gelu_plan(tanh, *product_of(x, w_fc, b_along_k=True)).launch(x, w_fc, b_fc, h, g)
         return
     cublas(x, w_fc.t(), b_fc, h)
-    size, block = h.numel(), PASS_M * PASS_N
-    launch(gelu_kernel, (-(-size // block),), device, h, g, size, TANH=tanh, VECTOR=vector(h, size), BLOCK=block)
+    gelu_plan(h.numel(), tanh, h.itemsize, h.device).launch(h, g)
 
 
 def gelu_mlp_backward(
@@ -337,22 +352,37 @@ def gelu_mlp_backward(
     return dx, dw_fc, db_fc, dw_proj, db_proj
 
 
+@lru_cache(maxsize=4096)
+def gemm_gelu_backward_plan(tanh: bool, *product: Any) -> Plan:
+    """Of gemm_gelu_backward_kernel."""
+    return gemm_plan(gemm_gelu_backward_kernel, product, TANH=tanh)
+
+
+@lru_cache(maxsize=4096)
+def gelu_backward_plan(M: int, F: int, tanh: bool, itemsize: int, wide: bool, device: torch.device) -> Plan:
+    """Of gelu_backward_kernel."""
+    constants = {
+        "TANH": tanh, "VECTOR": vector(itemsize, F), "INT64": wide, "ROWS": PASS_ROWS, "BLOCK_M": PASS_M,
+        "BLOCK_N": PASS_N,
+    }  # fmt: skip
+    grid = (triton.cdiv(M, PASS_ROWS), triton.cdiv(F, PASS_N))  # a grid's second axis ends at 65535
+    return Plan(gelu_backward_kernel, grid, device, (M, F), constants)
+
+
 def gelu_backward(
     dy: Tensor, h: Tensor, w_proj: Tensor, has_bias: bool, tanh: bool, gemm: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dh = (dy W_proj) * gelu'(h), g = gelu(h), and sums of dh over blocks of rows, if there is a bias to want them."""
-    (M, F), device = h.shape, h.device
+    M, F = h.shape
     dh, g = torch.empty_like(h), torch.empty_like(h)
     if gemm == "triton":
-        grid, factors, sizes, constants = prepare(dy, w_proj)
-        sums = partial_sums(h, constants["BLOCK_M"], has_bias)
-        launch(gemm_gelu_backward_kernel, grid, device, *factors, h, dh, g, sums, *sizes, TANH=tanh, **constants)
+        plan = gemm_gelu_backward_plan(tanh, *product_of(dy, w_proj))
+        sums = partial_sums(h, plan.constants["BLOCK_M"], has_bias)
+        plan.launch(dy, w_proj, h, dh, g, sums)
         return dh, g, sums
     torch.mm(dy, w_proj, out=dh)
     sums = partial_sums(h, PASS_ROWS, has_bias)
-    constants = {"VECTOR": vector(h, F), "INT64": int64(F * PASS_M), "BLOCK_M": PASS_M, "BLOCK_N": PASS_N}
-    tiles = (triton.cdiv(M, PASS_ROWS), triton.cdiv(F, PASS_N))  # a grid's second axis ends at 65535
-    launch(gelu_backward_kernel, tiles, device, dh, h, g, sums, M, F, TANH=tanh, ROWS=PASS_ROWS, **constants)
+    gelu_backward_plan(M, F, tanh, h.itemsize, int64(F * PASS_M), h.device).launch(dh, h, g, sums)
     return dh, g, sums
 
 
