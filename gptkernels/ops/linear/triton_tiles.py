@@ -18,6 +18,7 @@ def tiles(
     processors: int = 1,
     tf32: bool = False,
     descriptors: bool = False,
+    tensor_memory: bool = False,
 ) -> dict[str, int]:
     """The tile, warps and stages of a GEMM.
 
@@ -33,7 +34,13 @@ def tiles(
         # sm_120 takes its operands through registers, and a TMA loop leaves fewer of them: 64 x 32 a warp.
         ladder = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
     else:
-        ladder = [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4)]
+        # Sums that come from tensor memory are in registers all at once, beside what an epilogue makes of them: 64 a thread.
+        ladder = [
+            (128, 256, 64, 8, 3),
+            (128, 128, 64, 8 if tensor_memory else 4, 3),
+            (64, 128, 64, 4, 3),
+            (64, 64, 64, 4, 4),
+        ]
     itemsize = dtype.itemsize
     for BLOCK_M, BLOCK_N, BLOCK_K, warps, stages in ladder:  # noqa: B007  the last one is taken if none fits
         fits = (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize * stages <= shared_memory
@@ -64,8 +71,8 @@ def plan(
     device: torch.device,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a launch."""
-    shared_memory, processors = limits(device)[:2]
-    constants: dict[str, Any] = tiles(dtype, M, N, shared_memory, processors, tf32, descriptors)
+    shared_memory, processors, _, tensor_memory = limits(device)
+    constants: dict[str, Any] = tiles(dtype, M, N, shared_memory, processors, tf32, descriptors, tensor_memory)
     grid = (triton.cdiv(M, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"]),)
     vector = 16 // dtype.itemsize
     along = (stride_a, stride_b, N, K) if a_along_k else (stride_a, stride_b, N, K, M)
