@@ -28,13 +28,12 @@ inline vf exp(vf x) {
     return x < -87.3f ? vf{} : result;
 }
 
-// 2^y within 2e-9 of the function, relative, for y in [-126, 127]; beyond that it stays at the ends. y = n + f with
-// |f| <= 1/2; the polynomial is the minimax one of degree 6 for 2^f, and n is added to its exponent.
-inline vf exp2_clamped(vf y) {
+// 2^y within 2e-9 of the function, relative, for y in [-126, 127]. y = n + f with |f| <= 1/2; the polynomial is the
+// minimax one of degree 6 for 2^f, and n is added to its exponent.
+inline vf exp2_normal(vf y) {
     const vf magic = all(12582912.0f);  // as in exp; the integer's low bits are then the float's
-    vf clamped = vmax(all(-126.0f), vmin(all(127.0f), y));
-    vf shifted = clamped + magic;
-    vf f = clamped - (shifted - magic);
+    vf shifted = y + magic;
+    vf f = y - (shifted - magic);
     vf p = all(1.53458122e-4f);
     p = p * f + 1.33999312e-3f;
     p = p * f + 9.61848896e-3f;
@@ -51,14 +50,16 @@ struct Gelu {
 };
 
 // x s(2u), u = sqrt(2/pi) (x + 0.044715 x^3), s(y) = 1/(1 + e^-y): (1 + tanh u)/2 = s(2u), without tanh's cancellation.
+// s and the slope are those of x within [-10, 10], where e^(-2u) is within 2^-126 and 2^126: beyond it s is 0 or 1, and
+// the slope's second term would be e's smallest value times x^3.
 inline Gelu gelu_tanh(vf x) {
     constexpr float c = 0.797884561f, log2_e = 1.44269504f;  // c = sqrt(2/pi)
-    vf square = x * x;
-    vf e = exp2_clamped(x * (square * (-2.0f * c * 0.044715f * log2_e) - 2.0f * c * log2_e));  // e^(-2u)
+    vf near = vmax(all(-10.0f), vmin(all(10.0f), x));        // in this order a NaN stays one
+    vf square = near * near;
+    vf e = exp2_normal(near * (square * (-2.0f * c * 0.044715f * log2_e) - 2.0f * c * log2_e));  // e^(-2u)
     vf s = 1.0f / (1.0f + e);
-    vf value = x * s;
     vf slope_2u = square * (2.0f * c * 3.0f * 0.044715f) + 2.0f * c;
-    return {value, s + value * (e * s) * slope_2u};  // s' = s (1 - s) = e s^2
+    return {x * s, s + near * s * (e * s) * slope_2u};  // s' = s (1 - s) = e s^2
 }
 
 // x P(normal <= x). P(normal <= -|x|) = e^(-x^2/2) w/2, w = erfcx(|x|/sqrt 2) = t R(t), t = 1/(1 + 0.35 |x|/sqrt 2):
