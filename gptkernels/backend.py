@@ -199,6 +199,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as the kernels of a product in dtype take it: in dtype, or in float32, which they round themselves."""
+    return weight if weight.dtype in (dtype, torch.float32) else weight.to(dtype)
+
+
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is made of the tensors; raises where that is a derivative in forward mode."""
     check_tangents(*tensors)

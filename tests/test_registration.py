@@ -362,3 +362,24 @@ def test_autocast(op, inputs, dtype):
             torch.testing.assert_close(found[name].double(), x.double(), rtol=0.02, atol=0.02)
         else:
             assert torch.equal(found[name], x.to(found[name].dtype)), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "simt"])
+@pytest.mark.parametrize("name", ["gelu_mlp", "linear", "linear_cross_entropy"])
+def test_autocast_rounds_what_is_in_the_other_16_bits(name, backend):
+    """The products are autocast's: float16 inputs and weights are bfloat16 ones there, with float16 gradients."""
+    op, inputs = OPERATORS[name]
+    op = partial(op, backend=backend)
+    half = {key: x.detach().half().requires_grad_() if is_floating(x) else x for key, x in inputs().items()}
+    rounded = {key: x.detach().bfloat16().requires_grad_() if is_floating(x) else x for key, x in half.items()}
+    wanted, douts = results(op, rounded)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = results(op, half, douts)
+        for key in ("weight", "w_fc", "w_proj"):
+            if key in half:
+                with pytest.raises(TypeError, match=f"{key} must be in x's dtype"):
+                    op(**{**half, key: half[key].detach().long()})
+    for key, x in wanted.items():
+        if key.startswith("gradient"):
+            assert found[key].dtype == torch.float16
+        assert torch.equal(found[key], x.to(found[key].dtype)), key

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, factor, resolve, wants_gradients
 from gptkernels.ops.cross_entropy import native, reference
 from gptkernels.ops.linear.api import check_weight
 
@@ -50,12 +50,14 @@ def linear_cross_entropy(
     Source: the chunking of Hsu et al. 2024, arXiv 2410.10989 (Liger Kernel), section 3.
     """
     V = check(x, weight, targets, reduction, vocab_size)
-    x = cast(x, autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    x = cast(x, dtype)
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear_cross_entropy(
             x, weight, targets, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size
         )
+    weight = factor(weight, dtype)
     settings = (targets, ignore_index, reduction == "mean", V)
     if wants_gradients(x, weight):
         return LinearCrossEntropy.apply(backend, *distinct(x, weight), *settings)

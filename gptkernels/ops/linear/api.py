@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, factor, resolve, wants_gradients
 from gptkernels.ops.linear import native, reference
 
 
@@ -36,6 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.linear(x, weight, bias)
+    weight, bias = factor(weight, dtype), None if bias is None else factor(bias, dtype)
     if wants_gradients(x, weight, bias):
         return Linear.apply(backend, *distinct(x, weight, bias))
     return native.forward(backend, x, weight, bias)
@@ -56,7 +57,7 @@ def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
     """Raise unless a weight's dtype and device go with x."""
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it")
-    if weight.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype not in (x.dtype, torch.float32, autocast_dtype(x)):
         raise TypeError(f"{name} must be in x's dtype {x.dtype} or float32, got {weight.dtype}: convert one of them")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {weight.device}: move one of them")

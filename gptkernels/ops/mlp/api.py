@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, wants_gradients
+from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, factor, resolve, wants_gradients
 from gptkernels.ops.linear.api import check_bias, check_weight
 from gptkernels.ops.mlp import native, reference
 
@@ -46,11 +46,14 @@ def gelu_mlp(
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """
     check(x, w_fc, b_fc, w_proj, b_proj, approximate)
-    x = cast(x, autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    x = cast(x, dtype)
     backend = resolve(backend, x)
     if backend == "reference":
         return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate)
     tanh = approximate == "tanh"
+    w_fc, b_fc = factor(w_fc, dtype), None if b_fc is None else factor(b_fc, dtype)
+    w_proj, b_proj = factor(w_proj, dtype), None if b_proj is None else factor(b_proj, dtype)
     if wants_gradients(x, w_fc, b_fc, w_proj, b_proj):
         return GeluMlp.apply(backend, *distinct(x, w_fc, b_fc, w_proj, b_proj), tanh)
     return native.forward(backend, x, w_fc, b_fc, w_proj, b_proj, tanh)[0]
