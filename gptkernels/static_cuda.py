@@ -150,8 +150,9 @@ def problems(kernel: Kernel) -> list[str]:
     """What a kernel must not show, in words; empty if it is as it should be."""
     found = static.spills(kernel.spilled, kernel.spilled_in_loops, around_loops=0)
     half = re.search(r"\b(bf16|fp16)\b", kernel.name)
-    # bfloat16 has no product before sm_80: those kernels are empty.
-    if kernel.name.startswith(MATRIX) and half and not (kernel.arch < 80 and half[1] == "bf16"):
+    # Before sm_80 bfloat16 has no product, and no tile of more than 64 KiB a place: those kernels are empty.
+    empty = kernel.arch < 80 and half is not None and (half[1] == "bf16" or kernel.instructions < 8)
+    if kernel.name.startswith(MATRIX) and half and not empty:
         if not kernel.tensor_cores:
             found.append("multiplies 16-bit matrices without tensor cores")
         if not kernel.cp_async and kernel.arch >= 80:

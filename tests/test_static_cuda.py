@@ -37,9 +37,10 @@ def test_attention_uses_tensor_cores():
         assert kernel.threads in (128, 256), kernel
 
 
-# The gradients with the fewest registers to spare: in one pass, which holds dq beside dk and dv, and with one stage, which
-# holds Q's fragments or works on tiles as wide as two stages do.
+# The kernels with the fewest registers to spare: gradients in one pass, which hold dq beside dk and dv, with one stage,
+# which hold Q's fragments or work on tiles as wide as two stages do, and those whose rows no warps share.
 TIGHT = """
+#include "attention/attention_forward.cuh"
 #include "attention/attention_key_gradient.cuh"
 #include "attention/attention_query_gradient.cuh"
 namespace gptkernels {
@@ -55,22 +56,38 @@ KEY_GRADIENT(bf16, 64, true, 2, 4, 1, 32, 2, true)
 KEY_GRADIENT(bf16, 64, false, 2, 4, 1, 32, 2)
 KEY_GRADIENT(bf16, 128, true, 2, 2, 2, 64, 1, true)
 KEY_GRADIENT(bf16, 128, true, 2, 2, 2, 64, 1)
-template __global__ void attention_query_gradient<GradientTile<bf16, 128, false, 2, 4, 2, 64, 1>>(
-    In, In, In, In, In, Terms, Floats, Out, Seed, AttentionSizes);
+KEY_GRADIENT(bf16, 128, false, 2, 2, 2, 64, 1, true)
+#define QUERY_GRADIENT(...)                                                     \
+    template __global__ void attention_query_gradient<GradientTile<__VA_ARGS__>>( \
+        In, In, In, In, In, Terms, Floats, Out, Seed, AttentionSizes);
+QUERY_GRADIENT(bf16, 128, false, 2, 4, 2, 64, 1)
+QUERY_GRADIENT(bf16, 64, false, 2, 4, 1, 32, 2)
+template __global__ void attention_forward<ForwardTile<bf16, 128, false, 2, 4, 64>>(
+    In, In, In, Out, Floats, Seed, AttentionSizes);
 }
 """
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", [80, 90])
-def test_gradients_short_of_registers_do_not_spill(tmp_path, arch):
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_kernels_short_of_registers_do_not_spill(tmp_path, arch):
     path = tmp_path / "tight_cuda.cu"
     path.write_text(TIGHT)
     kernels = static_cuda.kernels_of(path, arch)
-    assert len(kernels) == 5
+    assert len(kernels) == 8
     for kernel in kernels:
         assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
         assert kernel.registers > 240 and kernel.tensor_cores and kernel.cp_async and kernel.ldmatrix, kernel
+
+
+@needs_nvcc
+def test_no_spills_on_sm_75():
+    """There tiles of more than 64 KiB are empty kernels: D = 256, of this file."""
+    kernels = [kernel for kernel in kernels_of("attention", "attention_forward", 75) if "<fp16" in kernel.name]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert static_cuda.problems(kernel) == [] and kernel.spilled == 0, kernel
+        assert (kernel.tensor_cores == 0) == ("<fp16, 256" in kernel.name), kernel
 
 
 PACKETS = """

@@ -21,8 +21,9 @@ namespace gptkernels {
 template <class T_, int D_, bool DROPOUT_, int M_TILES_, int WARPS, int BLOCK_N_>
 struct ForwardTile {
     using T = T_;
+    // On sm_75 no registers are left for scores of 64 keys beside accumulators of 128 columns.
     static constexpr int D = D_, M_TILES = M_TILES_, WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS,
-                         BLOCK_N = BLOCK_N_, THREADS = 32 * WARPS;
+                         BLOCK_N = ARCH < 80 && D == 128 ? 32 : BLOCK_N_, THREADS = 32 * WARPS;
     static constexpr bool DROPOUT = DROPOUT_;
     // Steps of Q whose fragments stay in registers: as many as the accumulators leave room for.
     static constexpr int KEPT = M_TILES * D <= 128 ? D / 16 : 0;
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     using T = typename Tile::T;
     constexpr int D = Tile::D, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, THREADS = Tile::THREADS,
                   M_TILES = Tile::M_TILES, N_TILES = BLOCK_N / 8, KEPT = Tile::KEPT;
+    if constexpr (Tile::SHARED_BYTES > MOST_SHARED) return;
     const int lane = threadIdx.x % 32, warp_row = __shfl_sync(FULL_WARP, (int)threadIdx.x / 32, 0) * Tile::WARP_M;
     const int m = (gridDim.x - 1 - blockIdx.x) * BLOCK_M, h = blockIdx.y, b = blockIdx.z, offset = p.S - p.T;
     // Keys before `free` are seen by every row of the block; none from `last` on is seen by any.
@@ -154,6 +156,14 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Shared<T> v_tile = dynamic_shared<T>((BLOCK_M + BLOCK_N) * D * sizeof(T), BLOCK_N * D);
     Copy<T, D, BLOCK_M, THREADS> q_rows(q, b, h, m, p.T, p.D);
     Copy<T, D, BLOCK_N, THREADS> k_rows(k, b, h, 0, p.S, p.D), v_rows(v, b, h, 0, p.S, p.D);
+    // From sm_90 on, what a thread copies of V is found anew for each tile where the scores take 64 registers beside
+    // 128 of accumulators: none are left to keep it.
+    constexpr bool FIND_AGAIN = ARCH >= 90 && D == 128 && BLOCK_N == 64;
+    auto start_v = [&](int n) {
+        if constexpr (FIND_AGAIN)
+            Copy<T, D, BLOCK_N, THREADS>(v, b, h, n, p.S, p.D, again(threadIdx.x)).start(v_tile, n);
+        else v_rows.start(v_tile, n);
+    };
 
     q_rows.start(q_tile, m);
     cp_async_commit();
@@ -183,7 +193,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         const bool seen = !MASKED || diagonal + Tile::WARP_M > 0;
         cp_async_wait<0>();
         __syncthreads();  // K is there, and all have done with the last V
-        v_rows.start(v_tile, n);
+        start_v(n);
         cp_async_commit();
         float s[M_TILES][N_TILES][4] = {};
         if (seen) {

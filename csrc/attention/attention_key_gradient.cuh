@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     using Scores = KeyGradientScores<Tile>;
     constexpr int D = Tile::D, OWNED = Tile::OWNED, STREAM = Tile::STREAM, STAGES = Tile::STAGES,
                   THREADS = Tile::THREADS, M_TILES = Tile::M_TILES, N_TILES = Tile::N_TILES, TILE = STREAM * D;
+    if constexpr (Memory::BYTES > MOST_SHARED) return;
     const Place<Tile> kept(threadIdx.x);
     const int n = blockIdx.x * OWNED, h = blockIdx.y, b = blockIdx.z, offset = p.S - p.T;
     // No row before `first` sees any key of the block; every row from `free` on sees all of them.
@@ -121,16 +122,24 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Shared<uint32_t> p_memory = dynamic_shared<uint32_t>(Memory::P, Tile::EXCHANGE / 4);
     Shared<uint32_t> ds_memory = dynamic_shared<uint32_t>(Memory::DS, Memory::DS_BYTES / 4);
     Copy<T, D, OWNED, THREADS> k_rows(k, b, h, n, p.S, p.D), v_rows(v, b, h, n, p.S, p.D);
-    // With one stage, and in one pass, which holds dq too, up to D = 64 or with dropout, registers are too few: where
-    // a thread stands, the head, what it copies and the seed are then found anew for each tile. Up to D = 64 its place
-    // always is, and in one pass with one stage and dropout twice.
-    constexpr bool FIND_AGAIN = STAGES == 1 || (Tile::ONE_PASS && (Tile::DROPOUT || Tile::SPLIT == 1));
-    constexpr bool FIND_PLACE = FIND_AGAIN || Tile::SPLIT == 1;
-    constexpr bool FIND_TWICE = Tile::ONE_PASS && Tile::DROPOUT && STAGES == 1;
+    // Where registers are too few, things are found anew for each tile:
+    //                       up to D = 64             one pass with dropout    one stage
+    //   copies and seed     sm_75, or one pass       yes                      yes
+    //   a thread's place    yes                      yes                      yes
+    //   the same, twice     sm_75, or two passes     with one stage
+    //                       from sm_100 on
+    // The head is as well, where it costs a register: in the copies but for 64 rows in two passes, and for dq's sums.
+    constexpr bool NARROW = Tile::SPLIT == 1;
+    constexpr bool FIND_AGAIN =
+        STAGES == 1 || (NARROW && (Tile::ONE_PASS || ARCH < 80)) || (Tile::ONE_PASS && Tile::DROPOUT);
+    constexpr bool FIND_PLACE = FIND_AGAIN || NARROW;
+    constexpr bool FIND_TWICE =
+        (NARROW && (ARCH < 80 || (ARCH >= 100 && !Tile::ONE_PASS))) || (Tile::ONE_PASS && Tile::DROPOUT && STAGES == 1);
     QueryStream<Tile> stream(q, dout, terms, b, h, first, p, threadIdx.x);
     auto start = [&](int m, int stage) {
         if (FIND_AGAIN)
-            stream = QueryStream<Tile>(q, dout, terms, b, Tile::ONE_PASS ? again(h) : h, m, p, again(threadIdx.x));
+            stream = QueryStream<Tile>(q, dout, terms, b, Tile::ONE_PASS || STREAM == 32 ? again(h) : h, m, p,
+                                       again(threadIdx.x));
         stream.start(streamed + 2 * stage * TILE, row_memory + 2 * stage * STREAM, m);
     };
 
@@ -208,8 +217,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             else ds.add_product(dk_acc, q_place, here, Exchange<Tile>{ds_memory, here});
         }
         if constexpr (Tile::ONE_PASS) {
-            const int head = FIND_AGAIN ? h : again(h);  // its sums' address is kept nowhere else
-            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + head) * rows_of_terms(p) + m) * D);
+            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + again(h)) * rows_of_terms(p) + m) * D);
         }
         if (STAGES > 1) stage = 1 - stage;
     };

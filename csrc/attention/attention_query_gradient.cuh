@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
                   THREADS = Tile::THREADS, M_TILES = Tile::M_TILES, N_TILES = Tile::N_TILES, TILE = STREAM * D,
                   Q_KEPT = Memory::KEEP_Q ? D / 16 : 1, DOUT_KEPT = Memory::KEEP_DOUT ? D / 16 : 1;
     // With one stage, where a thread stands and what it copies are found anew for each tile: beside Q's fragments there
-    // are no registers for them.
-    constexpr bool FIND_AGAIN = STAGES == 1;
+    // are no registers for them. On sm_120 none are left at D = 64 either for the copies and their head.
+    constexpr bool FIND_AGAIN = STAGES == 1, FEWER = ARCH >= 120 && D == 64, FIND_COPIES = FIND_AGAIN || FEWER;
+    if constexpr (Memory::BYTES > MOST_SHARED) return;
     const Place<Tile> kept(threadIdx.x);
     const int m = (gridDim.x - 1 - blockIdx.x) * OWNED, h = blockIdx.y, b = blockIdx.z;
     const int offset = p.S - p.T, free = (m + offset + 1 > 0 ? m + offset + 1 : 0) / STREAM * STREAM;
@@ -100,10 +101,11 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     Copy<T, D, STREAM, THREADS> k_rows(k, b, h, 0, p.S, p.D), v_rows(v, b, h, 0, p.S, p.D);
     auto start = [&](int n, int stage) {
         Shared<T> tile = streamed + 2 * stage * TILE;
-        if constexpr (FIND_AGAIN) {
+        if constexpr (FIND_COPIES) {
             const unsigned thread = again(threadIdx.x);
-            Copy<T, D, STREAM, THREADS>(k, b, h, n, p.S, p.D, thread).start(tile, n);
-            Copy<T, D, STREAM, THREADS>(v, b, h, n, p.S, p.D, thread).start(tile + TILE, n);
+            const int head = FEWER ? again(h) : h;
+            Copy<T, D, STREAM, THREADS>(k, b, head, n, p.S, p.D, thread).start(tile, n);
+            Copy<T, D, STREAM, THREADS>(v, b, head, n, p.S, p.D, thread).start(tile + TILE, n);
         } else {
             k_rows.start(tile, n);
             v_rows.start(tile + TILE, n);

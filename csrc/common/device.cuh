@@ -29,6 +29,16 @@
 
 namespace gptkernels {
 
+// The architecture that is compiled for, 80 for sm_80, which csrc/simt stands for too.
+#ifdef __CUDA_ARCH__
+constexpr int ARCH = __CUDA_ARCH__ / 10;
+#else
+constexpr int ARCH = 80;
+#endif
+// Bytes of shared memory that a block may use. Later devices differ and may run each other's code, so that only on
+// sm_75 a kernel that asks for more can be left empty: launchers refuse its tile there.
+constexpr int MOST_SHARED = (ARCH < 80 ? 64 : 227) * 1024;
+
 constexpr int WARP = 32;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 

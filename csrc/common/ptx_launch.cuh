@@ -13,7 +13,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string("gptkernels: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-// The current device; reading an attribute costs less than a microsecond.
+// The newest architecture that code was compiled for, which is what later devices run.
+constexpr int NEWEST = [](auto... all) {
+    int newest = 0;
+    for (int arch : {all...}) newest = arch > newest ? arch : newest;
+    return newest / 10;
+}(__CUDA_ARCH_LIST__);
+
+// The current device, but no newer than its code; reading an attribute costs less than a microsecond.
 inline Device device() {
     int index, major, minor, processors, shared_bytes;
     check_cuda(cudaGetDevice(&index), "cudaGetDevice");
@@ -22,7 +29,9 @@ inline Device device() {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
     check_cuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
                "cudaDeviceGetAttribute");
-    return {10 * major + minor, processors, shared_bytes};
+    int capability = 10 * major + minor < NEWEST ? 10 * major + minor : NEWEST;
+    if (capability < 80 && shared_bytes > 64 * 1024) shared_bytes = 64 * 1024;  // as MOST_SHARED
+    return {capability, processors, shared_bytes};
 }
 
 template <class... Parameters, class... Arguments>

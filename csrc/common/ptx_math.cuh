@@ -127,11 +127,7 @@ DEVICE float rsqrt_approx(float x) {
 // Whether the architecture that is compiled for has products of T; launchers refuse the others, whose kernels are
 // empty.
 template <class T>
-#if __CUDA_ARCH__ >= 800
-constexpr bool HAS_MMA = true;
-#else
-constexpr bool HAS_MMA = std::is_same_v<T, fp16>;
-#endif
+constexpr bool HAS_MMA = ARCH >= 80 || std::is_same_v<T, fp16>;
 
 // acc += a b, a 16x16 (rows), b 16x8 (columns), acc 16x8, over a warp. With g = lane / 4 and t = lane % 4:
 //   a[0..3]  the two elements from column 2t on of (row g), (row g + 8), and from 2t + 8 on of (row g), (row g + 8)

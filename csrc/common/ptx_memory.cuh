@@ -172,7 +172,8 @@ DEVICE void cp_async16(Shared<T> to, Global<U> from, int bytes = 16) {
 #else
     constexpr int N = PACKET<T>;
     Vector<T, N> v = {};
-    UNROLL
+    if (bytes == 16) v = load<N>(from);
+    else UNROLL
     for (int i = 0; i < N; ++i)
         if (i * (int)sizeof(T) < bytes) v[i] = from[i];
     store(to, v);
