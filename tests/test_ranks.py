@@ -56,6 +56,19 @@ def alone(both):
     return train(chosen(small_settings(both[0]), *RUN, "name=alone"), quiet=True)
 
 
+def one_model(ours, theirs):
+    """Whether two models' tensors are the same but for rounding, the keys' biases left out.
+
+    Such a bias adds one number to all scores of a row, which softmax takes away again: its gradient is 0 but for rounding
+    errors, of which AdamW makes steps as large as of any gradient.
+    """
+    known = [
+        [torch.cat((x[:16], x[32:])) if x.shape == (48,) else x for x in map(torch.Tensor.detach, tensors)]
+        for tensors in (ours, theirs)
+    ]
+    return all((a - b).abs().max() < 1e-5 for a, b in zip(*known, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_that_of_one_process(both, kind):
     """Targets are spread unevenly on ranks and micro batches: the mean of means would be far off."""
@@ -108,10 +121,7 @@ def test_a_run_of_two_ranks_is_the_run_of_one(both, alone, kind):
         ours, theirs = load(folder / kind, name), load(folder / "alone", name)
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         for state in ("model", "average"):
-            pairs = zip(
-                *(list(c[state].values() if state == "model" else c[state]) for c in (ours, theirs)), strict=True
-            )
-            assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
+            assert one_model(*(c[state].values() if state == "model" else c[state] for c in (ours, theirs)))
         assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
     assert (folder / kind / "samples.txt").read_text().count("--- step") == 2
 
@@ -130,7 +140,7 @@ def test_ranks_go_back_together_in_a_later_step(both):
     folder, found = both
     assert found["short-later"] == [[4] * 5 + [2] + [2, 2] * 9] * 2
     short, two = (load(folder / name)["model"] for name in ("short-later", "two-ddp"))
-    assert all((short[name] - x).abs().max() < 1e-4 for name, x in two.items())
+    assert one_model(short.values(), two.values())
 
 
 def test_offloading_changes_no_bit(both):
@@ -166,8 +176,7 @@ def test_checkpoints_go_from_ranks_to_ranks(both, tmp_path):
     assert two["step"] == 12 and [one["val_loss"] for one in ones] == pytest.approx([two["val_loss"]] * 2, rel=1e-5)
     models = [load_model(folder / name, LAST)[0] for name in ("straight", "entire", "single", "parted")]
     for other in models[1:]:
-        pairs = zip(models[0].parameters(), other.parameters(), strict=True)
-        assert all((a - b).abs().max() < 1e-4 for a, b in pairs)
+        assert one_model(models[0].parameters(), other.parameters())
     assert not same_weights(load_model(folder / "ddp", LAST)[0], models[0])  # another schedule
     assert_same_run(folder / "halved", folder / "straight")
     # One form of a checkpoint for each case: of those gone on with by ranks that hold all, no part is left.
