@@ -128,17 +128,19 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     //   a thread's place    yes                      yes                      yes
     //   the same, twice     sm_75, or two passes     with one stage
     //                       from sm_100 on
-    // The head is as well, where it costs a register: in the copies but for 64 rows in two passes, and for dq's sums.
+    // The head is found with the copies in one pass, and for dq's sums where the copies are kept. sm_75 and those from
+    // sm_100 on need it for the sums too, and with the copies of 32 rows in two passes.
     constexpr bool NARROW = Tile::SPLIT == 1;
     constexpr bool FIND_AGAIN =
         STAGES == 1 || (NARROW && (Tile::ONE_PASS || ARCH < 80)) || (Tile::ONE_PASS && Tile::DROPOUT);
     constexpr bool FIND_PLACE = FIND_AGAIN || NARROW;
     constexpr bool FIND_TWICE =
         (NARROW && (ARCH < 80 || (ARCH >= 100 && !Tile::ONE_PASS))) || (Tile::ONE_PASS && Tile::DROPOUT && STAGES == 1);
+    constexpr bool FIND_HEAD = (ARCH < 80 || ARCH >= 100) && (STREAM == 32 || Tile::ONE_PASS);
     QueryStream<Tile> stream(q, dout, terms, b, h, first, p, threadIdx.x);
     auto start = [&](int m, int stage) {
         if (FIND_AGAIN)
-            stream = QueryStream<Tile>(q, dout, terms, b, Tile::ONE_PASS || STREAM == 32 ? again(h) : h, m, p,
+            stream = QueryStream<Tile>(q, dout, terms, b, FIND_HEAD || Tile::ONE_PASS ? again(h) : h, m, p,
                                        again(threadIdx.x));
         stream.start(streamed + 2 * stage * TILE, row_memory + 2 * stage * STREAM, m);
     };
@@ -217,7 +219,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             else ds.add_product(dk_acc, q_place, here, Exchange<Tile>{ds_memory, here});
         }
         if constexpr (Tile::ONE_PASS) {
-            one_pass.add(k_tile, dq_sums + (((int64_t)b * p.H + again(h)) * rows_of_terms(p) + m) * D);
+            one_pass.add(
+                k_tile,
+                dq_sums + (((int64_t)b * p.H + (FIND_HEAD || !FIND_AGAIN ? again(h) : h)) * rows_of_terms(p) + m) * D);
         }
         if (STAGES > 1) stage = 1 - stage;
     };

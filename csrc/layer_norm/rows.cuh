@@ -47,17 +47,17 @@ template <int ROW_THREADS, int N, int FULL>
 struct Packets {
     static constexpr int ROW = ROW_THREADS;
     int C, column;  // of the first packet
-    int64_t begin;  // of the first packet in an array of all rows: others are a constant further on
+    int64_t begin;  // of the row in an array of all rows
 
     DEVICE Packets(int64_t row, int C) : C(C) {
         column = (int)threadIdx.x % threads() * N;
-        begin = row * C + column;
+        begin = row * C;
     }
     // Where registers are short: no column, address or predicate that was computed so far is kept beyond here.
     DEVICE void forget() { column = again(column); }
     DEVICE static int threads() { return ROW_THREADS ? ROW_THREADS : (int)blockDim.x; }
     DEVICE int column_of(int k) const { return column + k * (threads() * N); }
-    DEVICE int64_t index_of(int k) const { return begin + k * (threads() * N); }
+    DEVICE int64_t index_of(int k) const { return begin + column + k * (threads() * N); }  // a constant apart
     DEVICE bool exists(int k) const { return k < FULL || column_of(k) < C; }
 };
 
