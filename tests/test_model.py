@@ -141,10 +141,14 @@ class OwnAttention(FastGPT):
 def test_an_attention_of_ones_own():
     own = OwnAttention.from_reference(make_reference())
     idx, targets = batch()
-    loss, expected = own(idx, targets)[1], own.to_reference()(idx, targets)[1]
-    torch.testing.assert_close(loss, expected)
-    gradients, wanted = (torch.autograd.grad(x, list(own.parameters())) for x in (loss, expected))
-    torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-5)
+    plain, exact = own.to_reference(), copy.deepcopy(own.to_reference()).double()
+    found = []
+    for model in (own, plain, exact):
+        loss = model(idx, targets)[1]
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs, truth in zip(*found, strict=True):  # the operators' rule for gradients
+        budget = 3 * (theirs - truth).abs().max() + torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= budget
 
 
 def test_parameter_names_are_gpt2s():
