@@ -26,9 +26,9 @@ ROOT = Path(__file__).parent
 ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprfchw", "-mfma", "-mf16c"],
 }
+ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 CUDA = "gptkernels._cuda"
 # What compilers, linkers and the shell say of a failure, and how much of it is kept: the first few lines tell.
 ERRORS = re.compile(r"\berror: |undefined reference|cannot find|not found|No such file", re.IGNORECASE)

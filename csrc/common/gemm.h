@@ -27,6 +27,10 @@ struct Factor {
     bool k_contiguous;
 };
 
+// Rows of C that are multiplied together: another number of rows takes as long as the next multiple. With the vectors
+// beside them they fill 27 of 32 (AVX-512) or 15 of 16 registers, see gemm.cpp.
+constexpr int GEMM_ROWS = W == 16 ? 12 : 6;
+
 // Rows [row, row + rows) and columns [col, col + cols) of C in fp32; element (i, j) at values[i * ld + j]. Readable up
 // to the next multiple of W columns.
 struct Tile {

@@ -49,6 +49,9 @@ inline vu units_across_k(const T* row, const T* next, int64_t n) {
     }
 }
 
+// Rows of B that are asked for before they are packed: a new row is nothing that the CPU foresees.
+constexpr int64_t AHEAD = 8;
+
 // Columns [0, cols) of B, k elements deep, into panels [panel][unit][NR]; lanes beyond cols and k are zero.
 template <Product P, class T, int NR>
 void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, uint32_t* packed) {
@@ -59,6 +62,7 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
             const T* row = b + u * S * ld;
             const T* next = u * S + 1 < k ? row + ld : nullptr;
             for (int64_t j = 0; j < cols; j += W) {
+                __builtin_prefetch(row + j + AHEAD * ld);
                 vu x = units_across_k<P>(row + j, next ? next + j : nullptr, cols - j < W ? cols - j : W);
                 memcpy(packed + (j / NR * units + u) * NR + j % NR, &x, sizeof x);
             }
@@ -73,6 +77,7 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
             vu r[W];
             for (int i = 0; i < W; ++i)
                 r[i] = j + i < cols ? units_along_k<P>(b + (j + i) * ld + u * S, k - u * S) : vu{};
+            for (int i = 0; i < W; ++i) __builtin_prefetch(b + (j + i) * ld + (u + 2 * W) * S);
             transpose(r);
             int64_t count = units - u < W ? units - u : W;
             for (int64_t i = 0; i < count; ++i) memcpy(panel + (u + i) * NR, &r[i], sizeof r[i]);
@@ -89,6 +94,7 @@ void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, 
     if (k_contiguous) {
         for (int64_t i = 0; i < MR; ++i)
             for (int64_t u = 0; u < units; u += W) {
+                __builtin_prefetch(a + (i + 1) * ld + u * S);
                 vu x = i < rows ? units_along_k<P>(a + i * ld + u * S, k - u * S) : vu{};
                 memcpy(packed + i * stride + u, &x, sizeof x);
             }

@@ -34,25 +34,6 @@ void parallel_for(int64_t tasks, const F& f) {
         &shared);
 }
 
-// f(begin, end) over pieces of [0, count) of at most `most`, each thread taking half of its share of what is left: the
-// pieces shrink, so the threads end at about the same time whatever else their cores have to do.
-template <class F>
-void parallel_shrinking(int64_t count, int64_t most, const F& f) {
-    int64_t threads = thread_count() < count ? thread_count() : count;
-    std::atomic<int64_t> next{0};
-    auto take_pieces = [&] {
-        for (int64_t begin = next; begin < count;) {
-            int64_t share = (count - begin) / (2 * threads);
-            int64_t end = begin + (share < 1 ? 1 : share < most ? share : most);
-            if (!next.compare_exchange_weak(begin, end)) continue;  // begin is then what another thread made of it
-            f(begin, end);
-            begin = next;
-        }
-    };
-    if (threads <= 1) return take_pieces();
-    parallel_run(threads, [](void* take) { (*static_cast<decltype(take_pieces)*>(take))(); }, &take_pieces);
-}
-
 // f(begin, end) over pieces of [0, count) of at least `grain` each, about four a thread.
 template <class F>
 void parallel_ranges(int64_t count, int64_t grain, const F& f) {

@@ -3,8 +3,8 @@
 // For a chunk: logits = x W^T into the pool; row by row softmax, loss, and the logits' own gradient in their place
 // while the row (200 KB at GPT-2's vocabulary) is in the L2 cache; then dx = dlogits W and dW += dlogits^T x. Three
 // products and no recomputation; the logits of one chunk are all that is held. A chunk trades memory against passes
-// over dW (154 MB there, read and written once a chunk): 52 MB of logits are 256 rows, at which those passes cost about
-// 5 % of the products. Where the products are another library's (common/gemm.h) logits are in bf16, which are 512 rows.
+// over dW (154 MB there, read and written once a chunk): 53 MB of logits are 264 rows, at which those passes cost about
+// 5 % of the products. Where the products are another library's (common/gemm.h) logits are in bf16, which are 528 rows.
 #include "cross_entropy/cross_entropy_cpu.h"
 
 #include <algorithm>
@@ -20,7 +20,17 @@
 namespace gptkernels {
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 4 * 256 * 50304;
+constexpr int64_t CHUNK_BYTES = 4 * 264 * 50304;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of a chunk, whose logits take `bytes` a row: about equal chunks, of whole panels of the products if one fits.
+int64_t chunk_rows(int64_t N, int64_t bytes) {
+    int64_t most = std::max<int64_t>(1, CHUNK_BYTES / std::max<int64_t>(1, bytes));
+    int64_t unit = most < GEMM_ROWS ? 1 : GEMM_ROWS;
+    int64_t chunks = std::max<int64_t>(1, ceil_div(N, most / unit * unit));
+    return chunks == 1 ? N : ceil_div(ceil_div(N, chunks), unit) * unit;
+}
 
 // Vectors that are added up before their sum joins the total: a vocabulary's exponentials in one chain would err by eps
 // V / W.
@@ -106,9 +116,8 @@ float cross_entropy_cpu(const CrossEntropy& p, const CrossEntropyGradients* grad
     float scale = p.mean ? 1.0f / (float)used : 1.0f;
     bool narrow = p.bf16_product && has_outside_product();
     // Rounded once for the products of all chunks.
-    Factor weight = narrow ? rounded(p.weight, p.V, p.C, Slot::SHARED_B) : p.weight;
-    int64_t bytes = narrow ? 2 : 4, chunks = (p.N * p.V * bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
-    int64_t rows = chunks ? (p.N + chunks - 1) / chunks : 0;
+    Factor weight = narrow ? rounded(p.weight, p.V, p.C, Slot::ROUNDED) : p.weight;
+    int64_t bytes = narrow ? 2 : 4, rows = chunk_rows(p.N, p.V * bytes);
     int64_t unit = narrow ? 32 : W, ld = (p.V + unit - 1) / unit * unit;  // bf16: whole cache lines
     std::unique_ptr<void, decltype(&pool_give)> held(pool_take(rows * ld * bytes), &pool_give);
     Output logits{held.get(), ld, narrow};
