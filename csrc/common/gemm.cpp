@@ -152,9 +152,8 @@ Rows rows_of(const Problem& p, const Slice& s, int64_t row, int64_t end) {
     uint32_t* a = workspace_of<uint32_t>(Slot::PACK_A, A_PANELS * A_PANEL);
     with_type(p.a, [&](auto* t) {
         using T = std::remove_cvref_t<decltype(*t)>;
-        for (int64_t r = row; r < end; r += MR)
-            pack_a<P, T, MR>(at<T>(p.a, r, s.k), p.a.ld, p.a.k_contiguous, p.M - r, s.depth,
-                             a + (r - row) / MR * A_PANEL, A_STRIDE);
+        pack_a<P, T, MR>(at<T>(p.a, row, s.k), p.a.ld, p.a.k_contiguous, p.M - row, s.depth, ceil_div(end - row, MR), a,
+                         A_PANEL, A_STRIDE);
     });
     return {a, A_PANEL, A_STRIDE};
 }

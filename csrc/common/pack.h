@@ -85,29 +85,35 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
     }
 }
 
-// MR rows of A, k elements deep. Where k is contiguous: row by row, `stride` units apart; else [unit][MR].
-// `rows` are there from the first one on: those beyond MR may be read, those that are not there are zero.
+// Rows of A, k elements deep, into panels of MR rows, `panel` units apart. Where k is contiguous: row by row, `stride`
+// units apart; else [unit][MR], a row of k after another through all panels, since it is a new page of memory each time.
+// `rows` is how many are there: those beyond are zero.
 template <Product P, class T, int MR>
-void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, uint32_t* packed, int64_t stride) {
+void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, int64_t panels, uint32_t* packed,
+            int64_t panel, int64_t stride) {
     constexpr int S = PER_UNIT<P>;
     int64_t units = (k + S - 1) / S;
     if (k_contiguous) {
-        for (int64_t i = 0; i < MR; ++i)
+        for (int64_t i = 0; i < panels * MR; ++i) {
+            uint32_t* to = packed + i / MR * panel + i % MR * stride;
             for (int64_t u = 0; u < units; u += W) {
                 __builtin_prefetch(a + (i + 1) * ld + u * S);
                 vu x = i < rows ? units_along_k<P>(a + i * ld + u * S, k - u * S) : vu{};
-                memcpy(packed + i * stride + u, &x, sizeof x);
+                memcpy(to + u, &x, sizeof x);
             }
+        }
         return;
     }
     for (int64_t u = 0; u < units; ++u) {
         const T* row = a + u * S * ld;
         const T* next = u * S + 1 < k ? row + ld : nullptr;
-        for (int64_t i = 0; i < MR; i += W) {
-            vu x = i < rows ? units_across_k<P>(row + i, next ? next + i : nullptr, rows - i) : vu{};
-            // The last store of a unit runs over into the next one, which is written after it.
-            memcpy(packed + u * MR + i, &x, sizeof x);
-        }
+        for (int64_t i = 0; i < panels * MR; i += 64 / sizeof(T)) __builtin_prefetch(row + i + AHEAD * ld);
+        for (int64_t r = 0; r < panels; ++r)
+            for (int64_t i = r * MR; i < (r + 1) * MR; i += W) {
+                vu x = i < rows ? units_across_k<P>(row + i, next ? next + i : nullptr, rows - i) : vu{};
+                // The last store of a unit runs over into the next one, which is written after it.
+                memcpy(packed + r * panel + u * MR + i - r * MR, &x, sizeof x);
+            }
     }
 }
 
