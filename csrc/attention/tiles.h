@@ -14,6 +14,9 @@ namespace gptkernels {
 constexpr int BQ = 64;  // queries of a tile: 4 vectors of AVX-512
 constexpr int BK = 64;  // keys of a tile: 64 x 64 scores are 16 KiB, half of the L1 cache
 constexpr int QV = BQ / W;
+// Rows of a head that are asked for before they are copied: in a packed projection each is on a page of its own, which
+// the CPU does not foresee.
+constexpr int64_t AHEAD = 8;
 // Rows of a register tile: with 2 vectors across, 16 sums (AVX-512, of 32 registers) or 8 (of 16).
 constexpr int MR = W == 16 ? 8 : 4;
 
@@ -50,8 +53,10 @@ inline T* row_of(const Heads& x, int64_t b, int64_t h, int64_t t) {
 template <int LD, class T>
 void copy_rows(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t rows, int64_t padded, int64_t D, float* out) {
     for (int64_t i = 0; i < padded; ++i)
-        for (int64_t d = 0; d < LD; d += W)
+        for (int64_t d = 0; d < LD; d += W) {
+            __builtin_prefetch(row_of<T>(x, b, h, t + i + AHEAD) + d);
             store(out + i * LD + d, i < rows && d < D ? load(row_of<T>(x, b, h, t + i) + d, D - d) : vf{});
+        }
 }
 template <int LD>
 void copy_in(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t rows, int64_t padded, int64_t D, float* out) {

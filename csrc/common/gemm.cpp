@@ -15,8 +15,9 @@ constexpr int MR = GEMM_ROWS;
 constexpr int NV = 2;
 constexpr int NR = NV * W;
 
-// Units of K that a slice holds: B's panel (KC x NR) stays in the L1 cache while A's panels (MR x KC) pass by. Rows of
-// A's panel lie KC + W units apart, so that they do not all fall into one cache set.
+// Units of K that a slice holds: B's panel (KC x NR, 24 KiB) stays in the L1 cache while A's panels (MR x KC) pass by.
+// AVX-512's, of 48 KiB, does not where that has 32, and is as fast as one that would. Rows of A's panel lie KC + W
+// units apart, so that they do not all fall into one cache set.
 constexpr int64_t KC = 384;
 constexpr int64_t A_STRIDE = KC + W;
 // Units of fp32 that are added one after another, at most: equal chains. A sum in one chain of KC erred by 3.6 times as
@@ -185,8 +186,8 @@ void multiply_block(const Problem& p, int64_t row0, int64_t row1, int64_t col0, 
 }
 
 // Tasks own blocks of C and pack what they need of B, so no thread writes what another one has read: a Zen 4 core took
-// 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product takes 480. Blocks of about
-// equal size, near MC x NC or smaller, whose number suits the threads: a multiple of it, or many.
+// 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product takes 480. Blocks of
+// about equal size, near MC x NC or smaller, whose number suits the threads: a multiple of it, or many.
 template <Product P>
 void run(const Problem& p) {
     int64_t threads = thread_count();

@@ -86,8 +86,8 @@ void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, 
 }
 
 // Rows of A, k elements deep, into panels of MR rows, `panel` units apart. Where k is contiguous: row by row, `stride`
-// units apart; else [unit][MR], a row of k after another through all panels, since it is a new page of memory each time.
-// `rows` is how many are there: those beyond are zero.
+// units apart; else [unit][MR], a row of k after another through all panels, since it is a new page of memory each
+// time. `rows` is how many are there: those beyond are zero.
 template <Product P, class T, int MR>
 void pack_a(const T* a, int64_t ld, bool k_contiguous, int64_t rows, int64_t k, int64_t panels, uint32_t* packed,
             int64_t panel, int64_t stride) {
