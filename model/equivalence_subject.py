@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.checkpoint import holds_run, load_source
+from model.checkpoint import BEST, LAST, holds_run, load_source
 from model.config import Config, resolve
 from model.data import Tokens, load_dataset, random_batch
 from model.equivalence_sites import Choice, as_it_is
@@ -76,6 +76,9 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
             f"weights of the file ({m.n_layer} layers, {m.n_head} heads, width {m.n_embd}), random tokens, seed {seed}"
         )
         return Subject(name, config, weights, random_tokens(config, seed), f"{what}, {m.context} at once")
+    if "/" in name and path.suffix != ".toml":
+        what = f"it has neither {LAST} nor {BEST}" if path.is_dir() else "there is no such file or folder"
+        raise ValueError(f"{name} is no run and no state_dict file: {what}. Give one of them, or a preset's name")
     config, _ = resolve(name, list(overrides))
     if not config.model.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=CHARACTERS))

@@ -138,6 +138,8 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
     "arguments,message",
     [
         (["nope"], "no preset 'nope'"),
+        (["runs/nope"], "runs/nope is no run and no state_dict file: there is no such file or folder"),
+        (["tests/"], "tests/ is no run and no state_dict file: it has neither last.pt nor best.pt"),
         (["tiny", "shakespeare-cpu"], "one preset, run or file, got tiny and shakespeare-cpu"),
         (["tiny", "--steps", "-1"], "--steps must not be negative"),
         (["tiny", "--band", "0"], "--band must be at least 1"),

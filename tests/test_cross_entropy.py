@@ -307,7 +307,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is read in Linux's unit")
 def test_the_logits_of_the_batch_are_never_held():
-    """512 rows of 50257 logits are 103 MB; a chunk of 256 rows is 52 MB."""
+    """512 rows of 50257 logits are 103 MB; one of their two chunks is 53 MB."""
     process = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert int(process.stdout) < 80e6
 

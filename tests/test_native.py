@@ -16,8 +16,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
-    "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprfchw -mfma -mf16c",
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprfchw -mavx512bf16 -mfma -mf16c",
 }
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler: none in $CXX, g++ or clang++")
 
