@@ -14,9 +14,6 @@ namespace gptkernels {
 constexpr int BQ = 64;  // queries of a tile: 4 vectors of AVX-512
 constexpr int BK = 64;  // keys of a tile: 64 x 64 scores are 16 KiB, half of the L1 cache
 constexpr int QV = BQ / W;
-// Rows of a head that are asked for before they are copied: in a packed projection each is on a page of its own, which
-// the CPU does not foresee.
-constexpr int64_t AHEAD = 8;
 // Rows of a register tile: with 2 vectors across, 16 sums (AVX-512, of 32 registers) or 8 (of 16).
 constexpr int MR = W == 16 ? 8 : 4;
 

@@ -32,8 +32,6 @@ constexpr int64_t A_PANELS = W == 16 ? 6 : 16;
 constexpr int64_t NC = 384;
 constexpr int64_t MC = 1020;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <Product P>
 inline vf multiply_add(vf acc, uint32_t a, vu b) {
 #if defined(__AVX512BF16__)

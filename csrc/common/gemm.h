@@ -31,6 +31,8 @@ struct Factor {
 // beside them they fill 27 of 32 (AVX-512) or 15 of 16 registers, see gemm.cpp.
 constexpr int GEMM_ROWS = W == 16 ? 12 : 6;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Rows [row, row + rows) and columns [col, col + cols) of C in fp32; element (i, j) at values[i * ld + j]. Readable up
 // to the next multiple of W columns.
 struct Tile {

@@ -49,9 +49,6 @@ inline vu units_across_k(const T* row, const T* next, int64_t n) {
     }
 }
 
-// Rows of B that are asked for before they are packed: a new row is nothing that the CPU foresees.
-constexpr int64_t AHEAD = 8;
-
 // Columns [0, cols) of B, k elements deep, into panels [panel][unit][NR]; lanes beyond cols and k are zero.
 template <Product P, class T, int NR>
 void pack_b(const T* b, int64_t ld, bool k_contiguous, int64_t cols, int64_t k, uint32_t* packed) {

@@ -20,6 +20,10 @@ constexpr int W = 8;
 constexpr int W = 4;  // SSE2, NEON
 #endif
 
+// Rows of a matrix that are asked for before they are copied: often each is on a page of its own, which the CPU does
+// not foresee.
+constexpr int64_t AHEAD = 8;
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));

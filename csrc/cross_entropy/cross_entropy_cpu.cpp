@@ -22,8 +22,6 @@ namespace {
 
 constexpr int64_t CHUNK_BYTES = 4 * 264 * 50304;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows of a chunk, whose logits take `bytes` a row: about equal chunks, of whole panels of the products if one fits.
 int64_t chunk_rows(int64_t N, int64_t bytes) {
     int64_t most = std::max<int64_t>(1, CHUNK_BYTES / std::max<int64_t>(1, bytes));

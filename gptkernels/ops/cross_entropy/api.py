@@ -43,7 +43,7 @@ def linear_cross_entropy(
     Numerics: logits are accumulated, kept and exponentiated in fp32 (eager bfloat16 rounds them, and so do products that
         are torch's: on GPUs, and in bfloat16 on a CPU with AMX, backend.bf16_products()). The native forward makes the
         gradients too when they are wanted: chunk by chunk, three products in all. They wait in fp32 for the backward, which
-        multiplies them by what scales the loss and rounds them once. Beyond the gradients at most 12.9 million logits are
+        multiplies them by what scales the loss and rounds them once. Beyond the gradients at most 13.3 million logits are
         held on a CPU (53 MB in fp32; 264 rows of 50304; twice as many in bfloat16 where products are torch's) and 103
         million, in x's dtype, on a GPU (206 MB in 16 bits; 2048 rows): a batch of fewer logits is one chunk. On a GPU also a
         copy of weight where it is rounded or its words are no multiple of 16; on a CPU with AMX where it is rounded.
