@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.backends import by_operator
 from model.files import user_path
 
 PRESETS = Path(__file__).parent / "presets"
@@ -109,7 +110,10 @@ class TrainConfig:
     )
     compile: bool = key(False, "torch.compile for the training step: minutes before the first one, then fewer kernels")
     model: str = key("fast", "fast runs on gptkernels, reference is plain PyTorch", ("fast", "reference"))
-    backend: str = key("auto", "backend of every fast operator: auto is the fastest that works; doctor lists them")
+    backend: str = key(
+        "auto",
+        "backend of the fast operators: auto is the fastest that works, doctor lists them; auto,layer_norm:NAME for one",
+    )
     device: str = key("auto", "auto, cpu or cuda; each rank of torchrun takes the GPU of its number")
     parallel: str = key(
         "ddp", "how several ranks share the model: each holds all of it, or a part of every tensor", ("ddp", "fsdp")
@@ -135,7 +139,7 @@ class TrainConfig:
         require(0.0 < self.val_fraction < 1.0, f"val_fraction must be between 0 and 1, got {self.val_fraction}")
         for name in ("beta1", "beta2", "ema"):
             require(0.0 <= getattr(self, name) < 1.0, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        check_backend(self.backend)
+        by_operator(self.backend)
         require(
             self.batch_tokens >= 0, f"batch_tokens must be 0 (batch * context) or positive, got {self.batch_tokens}"
         )
@@ -227,15 +231,6 @@ def check_types(section: Any) -> None:
         require(not isinstance(value, float) or math.isfinite(value), f"{f.name} must be finite, got {value}")
         choices = f.metadata["choices"]
         require(not choices or value in choices, f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_backend(name: str) -> None:
-    """Raise unless gptkernels has a backend of this name."""
-    if name == "auto":
-        return
-    from gptkernels.backend import BACKENDS  # not at the top: it loads torch, which --help can do without
-
-    require(name in BACKENDS, f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
 
 
 def all_keys() -> dict[str, dataclasses.Field[Any]]:

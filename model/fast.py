@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gptkernels import causal_attention_packed, gelu_mlp, layer_norm, linear, linear_cross_entropy
 from gptkernels.backend import resolve
 from gptkernels.ops.attention.api import choose
+from model.backends import by_operator
 from model.config import ModelConfig
 from model.reference import (
     GPT,
@@ -53,9 +54,9 @@ class TiedLookUp(torch.autograd.Function):
 
 
 class FastGPT(nn.Module):
-    """A GPT with the reference's parameters, names and initial weights, computed by one backend of gptkernels.
+    """A GPT with the reference's parameters, names and initial weights, computed by gptkernels.
 
-    Its modules only hold the parameters: their own forwards and hooks are not called, so that a module put in the place of
+    backend is one of its backends, or one for each operator ("triton,causal_attention:cuda", model/backends.py). Its modules only hold the parameters: their own forwards and hooks are not called, so that a module put in the place of
     one changes nothing but the weights. To compute a part in another way, override attend, think or block in a subclass.
     """
 
@@ -66,7 +67,7 @@ class FastGPT(nn.Module):
         super().__init__()
         source = GPT(config) if parameters_of is None else parameters_of
         self.config = config
-        self.backend = backend
+        self.backend, self.ask = backend, by_operator(backend)
         self.transformer = source.transformer
         self.lm_head = source.lm_head
         if config.pos == "sinusoidal":
@@ -91,9 +92,11 @@ class FastGPT(nn.Module):
         heads = torch.empty(
             0, self.config.n_embd // self.config.n_head, dtype=dtype or weight.dtype, device=weight.device
         )
-        others = ("layer_norm", "linear", "gelu_mlp", "linear_cross_entropy")
         # Attention also looks at the width of a head.
-        return {"causal_attention": choose(self.backend, heads), **dict.fromkeys(others, resolve(self.backend, heads))}
+        return {
+            operator: (choose if operator == "causal_attention" else resolve)(asked, heads)
+            for operator, asked in self.ask.items()
+        }
 
     def forward(
         self,
@@ -112,11 +115,13 @@ class FastGPT(nn.Module):
         rows, weight = self.look_up(idx)
         hidden = self.hidden(rows, dropout_seed(self.config.dropout, self.training, seed))
         words = None if self.config.outputs == self.config.vocab_size else self.config.outputs
-        logits = linear(hidden, weight[:words], backend=self.backend) if targets is None or return_logits else None
+        logits = None
+        if targets is None or return_logits:
+            logits = linear(hidden, weight[:words], backend=self.ask["linear"])
         if targets is None:
             return logits, None
         flat = hidden.flatten(0, 1), weight, targets.flatten()
-        loss = linear_cross_entropy(*flat, vocab_size=words, backend=self.backend)
+        loss = linear_cross_entropy(*flat, vocab_size=words, backend=self.ask["linear_cross_entropy"])
         return logits, loss
 
     def hidden(self, rows: Tensor, seed: Seed | None) -> Tensor:
@@ -125,14 +130,14 @@ class FastGPT(nn.Module):
         for layer in range(1, self.config.n_layer):
             x, branch = self.block(layer, x, branch, seed)
         last = self.transformer.ln_f
-        return layer_norm(branch, last.weight, last.bias, residual=x, backend=self.backend)[0]
+        return layer_norm(branch, last.weight, last.bias, residual=x, backend=self.ask["layer_norm"])[0]
 
     def block(self, layer: int, x: Tensor, branch: Tensor | None, seed: Seed | None) -> tuple[Tensor, Tensor]:
         """Block number `layer`: the residual stream x and the branch to be added to it, from those of the block before.
 
         It uses the parameters of its own block alone. h is the normalised value of the stream.
         """
-        block, backend = cast("Block", self.transformer.h[layer]), self.backend
+        block, backend = cast("Block", self.transformer.h[layer]), self.ask["layer_norm"]
         if branch is None:
             h = layer_norm(x, block.ln_1.weight, block.ln_1.bias, backend=backend)
         else:
@@ -168,20 +173,20 @@ class FastGPT(nn.Module):
     def attend(self, attn: Attention, h: Tensor, layer: int, seed: Seed | None) -> Tensor:
         """(B, T, C): the attention branch of a block."""
         B, T, C = h.shape
-        H, p, backend = self.config.n_head, self.config.dropout, self.backend
-        qkv = linear(h, attn.c_attn.weight, attn.c_attn.bias, backend=backend).view(B, T, 3, H, C // H)
+        H, p, backend, dense = self.config.n_head, self.config.dropout, self.ask["causal_attention"], self.ask["linear"]
+        qkv = linear(h, attn.c_attn.weight, attn.c_attn.bias, backend=dense).view(B, T, 3, H, C // H)
         if seed is None:
             out = causal_attention_packed(qkv, backend=backend)
         else:
             out = causal_attention_packed(qkv, dropout_p=p, seed=attention_seed(seed, layer), backend=backend)
         # A backend may leave the heads in any order of strides; contiguous is free where they are in place already.
-        return linear(out.reshape(B, T, C), attn.c_proj.weight, attn.c_proj.bias, backend=backend)
+        return linear(out.reshape(B, T, C), attn.c_proj.weight, attn.c_proj.bias, backend=dense)
 
     def think(self, mlp: MLP, h: Tensor) -> Tensor:
         """(B, T, C): the MLP branch of a block."""
         fc, proj = mlp.c_fc, mlp.c_proj
-        approximate = "tanh" if self.config.act == "gelu_tanh" else "none"
-        return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=self.backend)
+        approximate, backend = "tanh" if self.config.act == "gelu_tanh" else "none", self.ask["gelu_mlp"]
+        return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=backend)
 
 
 Model = GPT | FastGPT

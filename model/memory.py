@@ -17,28 +17,29 @@ def kept_by_operator(config: Config, backends: Backends) -> dict[str, float]:
     """Bytes that one token leaves in one layer, counted tensor by tensor.
 
     On our kernels: two residual sums, two norms, q, k, v, attention's output and the MLP's pre-activation, two statistics
-    for each head and norm. Plain PyTorch keeps every step of every formula: about 30 C, a row of the attention matrix in
-    each head. recompute leaves what enters the block, and with selective what attention and its products gave.
+    for each head and norm. Plain PyTorch keeps every step of its formulas: of a norm what is divided, of GELU five tensors
+    as wide as the MLP, of attention a row of the matrix in each head. recompute leaves what enters the block, and with
+    selective what attention and its products gave.
     """
     m, t = config.model, config.train
-    C, e, ours = m.n_embd, element_bytes(config), on_kernels(backends)
+    C, e = m.n_embd, element_bytes(config)
     entering: dict[str, float] = {"block": C * (STREAM_BYTES + e)}
     if t.recompute == "full":
         return entering
+    plain_attention, plain_mlp = is_plain("causal_attention", backends), is_plain("gelu_mlp", backends)
     if t.recompute == "selective":
-        more = {} if ours else {"gelu_mlp": 5.0 * C * e}
-        return entering | {"linear": 4.0 * C * e, "causal_attention": C * e + 8.0 * m.n_head} | more
-    if ours:
-        return {
-            "residual": 2.0 * C * STREAM_BYTES,
-            "layer_norm": 2.0 * C * e + 16,
-            "linear": 3.0 * C * e,
-            "causal_attention": C * e + 8.0 * m.n_head,
-            "gelu_mlp": 4.0 * C * e,
-            "dropout": 2.0 * C if m.dropout else 0.0,
-        }
-    matrices = 1 + (2.25 if m.dropout else 0.0)
-    return {"formulas": 120.0 * C, "attention matrices": 4.0 * matrices * m.n_head * m.context}
+        entering["linear"] = 4.0 * C * e
+        entering["causal_attention"] = 0.0 if plain_attention else C * e + 8.0 * m.n_head
+        return entering | ({"gelu_mlp": 5.0 * C * e} if plain_mlp else {})
+    row = m.context * (2 * e + 1 if m.dropout else e)  # of weights; with dropout also what is kept, and the mask
+    return {
+        "residual": 2.0 * C * STREAM_BYTES,
+        "layer_norm": 2.0 * C * e + (2.0 * C * STREAM_BYTES if is_plain("layer_norm", backends) else 16),
+        "linear": 3.0 * C * e,
+        "causal_attention": C * e + m.n_head * (row if plain_attention else 8.0),
+        "gelu_mlp": (20.0 if plain_mlp else 4.0) * C * e,
+        "dropout": 2.0 * C if m.dropout else 0.0,
+    }
 
 
 def element_bytes(config: Config) -> int:
@@ -46,9 +47,9 @@ def element_bytes(config: Config) -> int:
     return 2 if config.train.dtype in ("bf16", "fp16") else 4
 
 
-def on_kernels(backends: Backends) -> bool:
-    """Whether the model runs on kernels of ours."""
-    return bool(set(backends.values()) - {"reference"})
+def is_plain(operator: str, backends: Backends) -> bool:
+    """Whether an operator is plain PyTorch's, as all of the reference model are."""
+    return backends.get(operator, "reference") == "reference"
 
 
 def activation_bytes(config: Config, micro: int, backends: Backends) -> int:
@@ -58,8 +59,10 @@ def activation_bytes(config: Config, micro: int, backends: Backends) -> int:
     whole = dataclasses.replace(config, train=dataclasses.replace(t, recompute="none"))
     # A backward that computes again holds all of one layer at a time.
     once = sum(kept_by_operator(whole, backends).values()) if t.recompute != "none" else 0.0
-    # Around the blocks: the last norm and the head's gradient, or the logits of plain PyTorch.
-    rest = m.n_embd * (STREAM_BYTES + e) + 16 if on_kernels(backends) else 12.0 * m.n_embd + 4.0 * m.vocab_size
+    # Around the blocks: the last norm and the head's gradient, of plain PyTorch what the norm divides and the logits.
+    rest = m.n_embd * (STREAM_BYTES + e) + 16
+    rest += STREAM_BYTES * m.n_embd if is_plain("layer_norm", backends) else 0
+    rest += 4 * m.vocab_size if is_plain("linear_cross_entropy", backends) else 0
     return int(micro * m.context * (m.n_layer * layer + once + rest))
 
 

@@ -143,7 +143,7 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
         (["tiny", "shakespeare-cpu"], "one preset, run or file, got tiny and shakespeare-cpu"),
         (["tiny", "--steps", "-1"], "--steps must not be negative"),
         (["tiny", "--band", "0"], "--band must be at least 1"),
-        (["tiny", "--backend", "magic"], "backend must be auto or one of"),
+        (["tiny", "--backend", "magic"], "backend must be one of auto"),
         (["tiny", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["tiny", "--frobnicate"], "unknown option --frobnicate"),
         (["tiny", "lr=x"], "train.lr must be a number"),

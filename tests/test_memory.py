@@ -6,6 +6,7 @@ from training_case import chosen, gradients, same_weights, small_settings, some_
 
 from model import memory, optimize
 from model import train as training
+from model.backends import OPERATORS
 from model.checkpoint import build_model, load
 from model.config import resolve
 from model.evaluate import loss_of
@@ -111,18 +112,20 @@ def kept_bytes(config):
 
     x = torch.randint(65, (12, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss_of(model, config, x, x)
+        loss_of(model, config, x, x, seed=1)
     backends = model.backends() if config.train.model == "fast" else {}
     return sum(size for size, _ in kept.values()), activation_bytes(config, 12, backends)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_estimate_of_kept_activations(dtype, backend):
-    config, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", "vocab_size=65", "n_layer=2"])
+@pytest.mark.parametrize("backend", ["auto", "reference", *(f"auto,{operator}:reference" for operator in OPERATORS)])
+def test_the_estimate_of_kept_activations(dtype, backend, dropout):
+    shape = ["vocab_size=65", "n_layer=2", f"dropout={dropout}"]
+    config, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", *shape])
     truth, guess = kept_bytes(config)
-    # Beside bf16 on plain PyTorch, which keeps a mixture of both dtypes that the estimate takes for fp32.
-    assert 0.9 * truth < guess < (1.8 if (dtype, backend) == ("bf16", "reference") else 1.1) * truth
+    print(f"{guess / truth:.3f}")
+    assert 0.9 * truth < guess < 1.1 * truth
 
 
 def test_the_estimate_of_what_recompute_leaves():
@@ -133,7 +136,8 @@ def test_the_estimate_of_what_recompute_leaves():
         layers.append(kept_bytes(config))
     truth, guess = (b - a for a, b in zip(*layers, strict=True))
     assert guess == pytest.approx(truth, rel=0.02)
-    sizes = [activation_bytes(resolve("shakespeare", [f"recompute={mode}", "vocab_size=65"])[0], 64, {"linear": "cpu"})
+    backends = dict.fromkeys(OPERATORS, "cpu")
+    sizes = [activation_bytes(resolve("shakespeare", [f"recompute={mode}", "vocab_size=65"])[0], 64, backends)
              for mode in ("none", "selective", "full")]  # fmt: skip
     assert sizes[0] > 1.2 * sizes[1] > 1.5 * sizes[2]
 
@@ -157,7 +161,7 @@ def test_the_estimate_of_weights_on_ranks(bias):
 
 def test_the_first_micro_batch_is_what_should_fit():
     config, _ = resolve("gpt2-124m")
-    backends = {"linear": "triton"}
+    backends = dict.fromkeys(OPERATORS, "triton")
     one = activation_bytes(config, 1, backends)
     assert [memory.largest_micro(config, 512, int(room * one), backends) for room in (0.5, 2, 25, 1e6)] == [
         1,

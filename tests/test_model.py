@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import model.reference as reference
+from model import fast
+from model.backends import OPERATORS, by_operator
 from model.config import ModelConfig
 from model.fast import FastGPT
 from model.reference import GPT
@@ -58,7 +60,7 @@ def outputs(gpt, x, y, dtype=None):
     return {"logits": logits.detach().double(), "loss": loss.detach().double(), **gradients}
 
 
-def check_against_oracle(config, dtype, T=None, ignore_after=None):
+def check_against_oracle(config, dtype, T=None, ignore_after=None, backend="auto"):
     """The fast model errs at most twice as much as the reference in the same dtype, float64 being the truth.
 
     Each quantity's error is its largest over several draws of weights and tokens: over the 32 elements of a single bias,
@@ -72,7 +74,7 @@ def check_against_oracle(config, dtype, T=None, ignore_after=None):
             y[:, ignore_after:] = -100
         oracle = outputs(copy.deepcopy(gpt).double(), x, y)
         plain = outputs(gpt, x, y, dtype)
-        ours = outputs(FastGPT.from_reference(gpt), x, y, dtype)
+        ours = outputs(FastGPT.from_reference(gpt, backend=backend), x, y, dtype)
         assert ours.keys() == oracle.keys()
         for name, right in oracle.items():
             found = ((ours[name] - right).abs().max(), (plain[name] - right).abs().max(), right.abs().max())
@@ -89,6 +91,39 @@ def test_fast_matches_the_oracle(config):
 
 def test_fast_matches_the_oracle_in_bf16():
     check_against_oracle(CONFIG, torch.bfloat16)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_operator_on_another_backend(operator, monkeypatch):
+    """Each call of the operator gets its own backend, every other call the one for all; the result is still right."""
+    asked = {}
+
+    def noted(name, call):
+        def note(*args, backend, **kwargs):
+            asked.setdefault(name.removesuffix("_packed"), set()).add(backend)
+            return call(*args, backend=backend, **kwargs)
+
+        return note
+
+    for name in ("causal_attention_packed", *OPERATORS[1:]):
+        monkeypatch.setattr(fast, name, noted(name, getattr(fast, name)))
+    check_against_oracle(CONFIG, torch.float32, backend=f"cpu,{operator}:reference")
+    expected = {name: "reference" if name == operator else "cpu" for name in OPERATORS}
+    assert asked == {name: {backend} for name, backend in expected.items()}
+    assert FastGPT(CONFIG, backend=f"cpu,{operator}:reference").backends() == expected
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("auto", ["auto"] * 5),
+        ("causal_attention:cuda", ["cuda", "auto", "auto", "auto", "auto"]),
+        ("triton, causal_attention:cuda ,linear:reference", ["cuda", "triton", "reference", "triton", "triton"]),
+        ("linear_cross_entropy:auto,cpu", ["cpu", "cpu", "cpu", "cpu", "auto"]),
+    ],
+)
+def test_backends_by_operator(text, expected):
+    assert by_operator(text) == dict(zip(OPERATORS, expected, strict=True))
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])

@@ -61,7 +61,16 @@ def interrupt_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["dropout=0.2"], ["model=reference", "dropout=0.2"], ["backend=reference"], ["dtype=bf16"]], ids=str
+    "more",
+    [
+        [],
+        ["dropout=0.2"],
+        ["model=reference", "dropout=0.2"],
+        ["backend=reference"],
+        ["dtype=bf16"],
+        ["backend=cpu,layer_norm:reference"],
+    ],
+    ids=str,
 )
 def test_resume_is_exact(settings, tmp_path, monkeypatch, more):
     """Stopped after step 6, between two evaluations: weights, optimizer, random state, metrics and samples are equal."""
