@@ -23,9 +23,9 @@ namespace gptkernels {
 
 int64_t thread_count() { return 3; }
 
-void parallel_run(int64_t threads, void (*body)(void* context), void* context) {
+void parallel_run(int64_t threads, void (*body)(void* context, int64_t i), void* context) {
     std::vector<std::thread> pool;
-    for (int64_t i = 0; i < threads; ++i) pool.emplace_back(body, context);
+    for (int64_t i = 0; i < threads; ++i) pool.emplace_back(body, context, i);
     for (std::thread& thread : pool) thread.join();
 }
 
@@ -321,8 +321,8 @@ int main() {
     for (auto [N, C] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {70, 17}, {2, 100}, {0, 5}})
         for (int kinds = 0; kinds < 32; ++kinds)
             alone([&] { layer_norm(N, C, kinds & 1, kinds & 2, kinds & 4, kinds & 8, kinds & 16); });
-    constexpr int64_t MATMUL[][3] = {{1, 1, 1},    {5, 3, 2},   {13, 33, 17}, {1, 65, 385},
-                                     {49, 2, 769}, {2, 390, 5}, {3, 4, 0},    {0, 3, 4}};
+    constexpr int64_t MATMUL[][3] = {{1, 1, 1},   {5, 3, 2}, {13, 33, 17}, {1, 65, 385}, {49, 2, 769},
+                                     {2, 390, 5}, {3, 4, 0}, {0, 3, 4},    {130, 3, 5}};
     constexpr int64_t HEADS[][3] = {{1, 1, 1}, {5, 3, 7}, {9, 20, 33}, {7, 2, 65}, {0, 3, 4}};
     for (OutsideProduct product : {(OutsideProduct) nullptr, (OutsideProduct)loops}) {
         set_outside_product(product);

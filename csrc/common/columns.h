@@ -5,34 +5,50 @@
 
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "common/workspace.h"
 
 namespace gptkernels {
 
+// Rows that are added one after another: N numbers in sums of sums err by a term in ROWS + N / ROWS, not in N.
+constexpr int64_t COLUMN_ROWS = 32;
+
+// out[c] = sum over n of x[n * ld + c], of the columns [begin, begin + 4 W) that there are. Four vectors a strip: with
+// fp32, whole pairs of cache lines of each row.
+template <class T, class Out>
+void strip_sums(const T* x, int64_t N, int64_t C, int64_t ld, int64_t begin, Out* out) {
+    constexpr int V = 4;
+    vf totals[V] = {};
+    for (int64_t block = 0; block < N; block += COLUMN_ROWS) {
+        vf sums[V] = {};
+        for (int64_t n = block; n < N && n < block + COLUMN_ROWS; ++n)
+            for (int v = 0; v < V; ++v) {
+                int64_t c = begin + v * W;
+                if (c < C) sums[v] += load(x + n * ld + c, C - c);
+            }
+        for (int v = 0; v < V; ++v) totals[v] += sums[v];
+    }
+    for (int v = 0; v < V; ++v) {
+        int64_t c = begin + v * W;
+        if (c < C) store(out + c, totals[v], C - c);
+    }
+}
+
 // out[c] = sum over n of x[n * ld + c], in an order that N alone decides: the result does not depend on the number of
-// threads.
+// threads. Many rows are added by the threads that have them, in up to 64 bands, and then the bands.
 template <class T, class Out>
 void column_sums(const T* x, int64_t N, int64_t C, int64_t ld, Out* out) {
-    // Four vectors a strip: with fp32, whole pairs of cache lines of each row.
-    constexpr int V = 4;
-    // Sums of sums: N numbers then err by a term in ROWS + N / ROWS, not in N.
-    constexpr int64_t ROWS = 32;
-    parallel_for((C + V * W - 1) / (V * W), [&](int64_t strip) {
-        vf totals[V] = {};
-        int64_t begin = strip * V * W;
-        for (int64_t block = 0; block < N; block += ROWS) {
-            vf sums[V] = {};
-            for (int64_t n = block; n < N && n < block + ROWS; ++n)
-                for (int v = 0; v < V; ++v) {
-                    int64_t c = begin + v * W;
-                    if (c < C) sums[v] += load(x + n * ld + c, C - c);
-                }
-            for (int v = 0; v < V; ++v) totals[v] += sums[v];
-        }
-        for (int v = 0; v < V; ++v) {
-            int64_t c = begin + v * W;
-            if (c < C) store(out + c, totals[v], C - c);
-        }
+    constexpr int64_t STRIP = 4 * W;
+    int64_t rows = (N / 64 / COLUMN_ROWS + 1) * COLUMN_ROWS, bands = (N + rows - 1) / rows;
+    if (bands <= 2) {
+        parallel_for((C + STRIP - 1) / STRIP, [&](int64_t i) { strip_sums(x, N, C, ld, i * STRIP, out); });
+        return;
+    }
+    float* sums = workspace_of<float>(Slot::COLUMNS, bands * C);
+    parallel_for(bands, [&](int64_t band) {
+        int64_t n = band * rows, count = n + rows < N ? rows : N - n;
+        for (int64_t c = 0; c < C; c += STRIP) strip_sums(x + n * ld, count, C, ld, c, sums + band * C);
     });
+    column_sums(sums, bands, C, C, out);
 }
 
 }  // namespace gptkernels

@@ -31,6 +31,8 @@ constexpr int64_t A_PANELS = W == 16 ? 6 : 16;
 // The block of C that a task owns; B's slice is then 576 KiB.
 constexpr int64_t NC = 384;
 constexpr int64_t MC = 1020;
+// Elements of the largest C that is summed in pieces of K: 2 MiB, so that the pieces stay in the L2 or L3 cache.
+constexpr int64_t MOST_SUMS = 1 << 19;
 
 template <Product P>
 inline vf multiply_add(vf acc, uint32_t a, vu b) {
@@ -183,21 +185,89 @@ void multiply_block(const Problem& p, int64_t row0, int64_t row1, int64_t col0, 
     });
 }
 
+// Blocks of C of about equal size, near MC x NC or smaller.
+struct Blocks {
+    int64_t down, across, rows, cols;
+
+    int64_t count() const { return down * across; }
+};
+
+// As many blocks, in all pieces of K, as suit the threads: a multiple of them, or many. Where a thread's rows are many
+// beside B's columns, each has bands of rows of its own: it finds them in its cache if it wrote them, as parallel_for
+// deals them out, and packing all of B, which every thread does then, is little beside multiplying by it.
+Blocks blocks_of(int64_t M, int64_t N, int64_t pieces) {
+    int64_t threads = thread_count(), across = ceil_div(N, NC), down = ceil_div(M, MC);
+    int64_t most_down = std::max<int64_t>(1, M / (4 * MR)), step = 2 * M >= threads * N ? pieces : pieces * across;
+    while (step * down % threads != 0 && pieces * across * down < 8 * threads && down < most_down) ++down;
+    int64_t cols = padded(ceil_div(N, across)), rows = ceil_div(ceil_div(M, down), MR) * MR;
+    return {ceil_div(M, rows), ceil_div(N, cols), rows, cols};
+}
+
+template <Product P>
+void multiply_block_number(int64_t number, const Blocks& blocks, const Problem& p) {
+    int64_t row = number / blocks.across * blocks.rows, col = number % blocks.across * blocks.cols;
+    multiply_block<P>(p, row, std::min(p.M, row + blocks.rows), col, std::min(p.N, col + blocks.cols));
+}
+
+// In how many pieces of K a product is computed: two where K is long beside C and both factors lie along the other
+// dimension. This is a weight's gradient: then the rows of x and dy that a thread wrote are multiplied by that thread,
+// and only sums as large as the weight cross over.
+int64_t pieces_of(const Problem& p) {
+    bool gradient = !p.a.k_contiguous && !p.b.k_contiguous && p.K >= KC;
+    return gradient && 4 * p.M * p.N < (p.M + p.N) * p.K && p.M * p.N <= MOST_SUMS ? 2 : 1;
+}
+
+// The product's piece [k, k + depth) of K, its result stored at `sums`, a matrix of whole register tiles.
+struct Piece {
+    float* sums;
+    int64_t ld;
+
+    static void take(const void* context, const Tile& t) {
+        const Piece& to = *static_cast<const Piece*>(context);
+        for (int i = 0; i < t.rows; ++i)
+            for (int j = 0; j < t.cols; j += W)
+                store(to.sums + (t.row + i) * to.ld + t.col + j, load(t.values + i * t.ld + j));
+    }
+};
+
+Factor from(const Factor& f, int64_t k) {
+    int64_t elements = f.k_contiguous ? k : k * f.ld;
+    return {static_cast<const char*>(f.data) + elements * (f.is_bf16 ? 2 : 4), f.ld, f.is_bf16, f.k_contiguous};
+}
+
+// Hand over the sums of the pieces, added in order.
+void add_pieces(const Problem& p, float* sums, int64_t ld, int64_t size, int64_t pieces) {
+    parallel_ranges(ceil_div(p.M, MR), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin * MR; row < std::min(p.M, end * MR); row += MR)
+            for (int64_t col = 0; col < p.N; col += NR) {
+                float* tile = sums + row * ld + col;
+                for (int64_t at = size; at < pieces * size; at += size)
+                    for (int64_t i = 0; i < MR; ++i)
+                        for (int64_t j = 0; j < NR; j += W)
+                            store(tile + i * ld + j, load(tile + i * ld + j) + load(tile + at + i * ld + j));
+                p.epilogue(p.context, {row, col, (int)std::min<int64_t>(MR, p.M - row),
+                                       (int)std::min<int64_t>(NR, p.N - col), tile, (int)ld});
+            }
+    });
+}
+
 // Tasks own blocks of C and pack what they need of B, so no thread writes what another one has read: a Zen 4 core took
-// 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product takes 480. Blocks of
-// about equal size, near MC x NC or smaller, whose number suits the threads: a multiple of it, or many.
+// 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product takes 480.
 template <Product P>
 void run(const Problem& p) {
-    int64_t threads = thread_count();
-    int64_t across = ceil_div(p.N, NC), down = ceil_div(p.M, MC);
-    int64_t most_down = std::max<int64_t>(1, p.M / (4 * MR));
-    while (across * down % threads != 0 && across * down < 8 * threads && down < most_down) ++down;
-    int64_t nc = padded(ceil_div(p.N, across)), mc = ceil_div(ceil_div(p.M, down), MR) * MR;
-    across = ceil_div(p.N, nc), down = ceil_div(p.M, mc);
-    parallel_for(across * down, [&](int64_t task) {
-        int64_t row = task / across * mc, col = task % across * nc;
-        multiply_block<P>(p, row, std::min(p.M, row + mc), col, std::min(p.N, col + nc));
+    int64_t pieces = pieces_of(p), depth = ceil_div(ceil_div(p.K, pieces), W) * W;
+    Blocks blocks = blocks_of(p.M, p.N, pieces);
+    if (pieces == 1)
+        return parallel_for(blocks.count(), [&](int64_t task) { multiply_block_number<P>(task, blocks, p); });
+    int64_t ld = padded(p.N), size = ceil_div(p.M, MR) * MR * ld;
+    float* sums = workspace_of<float>(Slot::PIECES, pieces * size);
+    parallel_for(pieces * blocks.count(), [&](int64_t task) {
+        int64_t piece = task / blocks.count(), k = piece * depth;
+        Piece to{sums + piece * size, ld};
+        Problem part{p.M, p.N, std::min(depth, p.K - k), from(p.a, k), from(p.b, k), Piece::take, &to};
+        multiply_block_number<P>(task % blocks.count(), blocks, part);
     });
+    add_pieces(p, sums, ld, size, pieces);
 }
 
 template <class T>

@@ -4,15 +4,19 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace gptkernels {
 
 int64_t thread_count();
 
-// Run body(context) once on each of `threads` threads at the same time.
-void parallel_run(int64_t threads, void (*body)(void* context), void* context);
+// Run body(context, i) for i of 0 to threads - 1 at the same time, each i on the same thread from call to call.
+void parallel_run(int64_t threads, void (*body)(void* context, int64_t i), void* context);
 
-// f(task) for every task, each thread taking the next one when it is done with its last: a slow core takes fewer.
+// f(task) for every task. The tasks are dealt out in order, an equal share each: a thread then has the same rows in one
+// operator after another, which matters where they share no cache (with 330 ns from core to core for 55, a step of
+// shakespeare-cpu on two Zen 4 cores is 8 % longer; 21 % where tasks are taken as they come). One that is done takes
+// from what the others have left.
 template <class F>
 void parallel_for(int64_t tasks, const F& f) {
     int64_t threads = thread_count() < tasks ? thread_count() : tasks;
@@ -20,18 +24,22 @@ void parallel_for(int64_t tasks, const F& f) {
         for (int64_t task = 0; task < tasks; ++task) f(task);
         return;
     }
-    struct Shared {
-        const F& f;
-        int64_t tasks;
+    struct alignas(64) Share {
         std::atomic<int64_t> next;
-    } shared{f, tasks, 0};
-    parallel_run(
-        threads,
-        [](void* context) {
-            Shared& s = *static_cast<Shared*>(context);
-            for (int64_t task; (task = s.next.fetch_add(1)) < s.tasks;) s.f(task);
-        },
-        &shared);
+        int64_t end;
+    };
+    std::vector<Share> shares(threads);
+    for (int64_t i = 0; i < threads; ++i) {
+        shares[i].next.store(i * tasks / threads, std::memory_order_relaxed);
+        shares[i].end = (i + 1) * tasks / threads;
+    }
+    auto take = [&](int64_t i) {
+        for (int64_t j = 0; j < threads; ++j) {
+            Share& share = shares[(i + j) % threads];
+            for (int64_t task; (task = share.next.fetch_add(1)) < share.end;) f(task);
+        }
+    };
+    parallel_run(threads, [](void* context, int64_t i) { (*static_cast<decltype(take)*>(context))(i); }, &take);
 }
 
 // f(begin, end) over pieces of [0, count) of at least `grain` each, about four a thread.

@@ -7,7 +7,7 @@
 namespace gptkernels {
 
 // What a thread's workspaces are for: one buffer each, so that users of different slots may nest.
-enum class Slot { PACK_A, PACK_B, ROUNDED, PARTIAL, OPERATOR, OPERATOR_THREAD, COUNT };
+enum class Slot { PACK_A, PACK_B, ROUNDED, PARTIAL, PIECES, COLUMNS, OPERATOR, OPERATOR_THREAD, COUNT };
 
 // At least `bytes` bytes, 64-byte aligned, not initialised, valid until the next call for this slot on this thread.
 void* workspace(Slot slot, size_t bytes);
