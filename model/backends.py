@@ -11,20 +11,28 @@ def by_operator(backend: str) -> dict[str, str]:
     What stands without an operator is for all others: auto if there is none. Raises ValueError for what no operator or no
     backend is called, and for what is said twice.
     """
-    from gptkernels.backend import BACKENDS  # not at the top: it loads torch, which --help can do without
-
     said: dict[str, str] = {}
     for part in backend.split(","):
-        operator, _, name = part.strip().rpartition(":")
-        if name != "auto" and name not in BACKENDS:
-            raise ValueError(
-                f"backend must be one of auto, {', '.join(BACKENDS)}, for one operator auto,{OPERATORS[0]}:NAME, "
-                f"got {name!r}" + (f" in {backend!r}" if name != backend else "")
-            )
-        if operator and operator not in OPERATORS:
+        operator, colon, name = map(str.strip, part.rpartition(":"))
+        check_name(name, backend)
+        if colon and operator not in OPERATORS:
             raise ValueError(f"backend is by operator for {', '.join(OPERATORS)}, got {operator!r} in {backend!r}")
         if operator in said:
             whose = operator or "all operators"
             raise ValueError(f"backend must name one for {whose}, got {said[operator]} and {name} in {backend!r}")
         said[operator] = name
     return {operator: said.get(operator, said.get("", "auto")) for operator in OPERATORS}
+
+
+def check_name(name: str, backend: str) -> None:
+    """Raise unless gptkernels has a backend of this name, which stands in the setting `backend`."""
+    if name == "auto":
+        return
+    from gptkernels.backend import BACKENDS  # not at the top: it loads torch, which --help can do without
+
+    if name not in BACKENDS:
+        where = "" if name == backend else f" in {backend!r}"
+        raise ValueError(
+            f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}{where}; "
+            f"for one operator add it as in auto,{OPERATORS[0]}:cpu"
+        )

@@ -65,7 +65,11 @@ def make_parser() -> Parser:
         " (shakespeare-cpu)",
     )
     parser.add_argument("--steps", type=int, default=20, help="training steps to compare (default 20)")
-    parser.add_argument("--backend", default="auto", help="backend of the fast model (default auto)")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="backend of the fast model, or one by operator, as in cpu,layer_norm:triton (default auto)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast over fp32 weights")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and dropout (default 0)")
     parser.add_argument("--band", type=int, default=RUNS, metavar="K", help=f"nudged reference runs (default {RUNS})")

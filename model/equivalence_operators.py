@@ -73,7 +73,7 @@ class OperatorProbe:
     """Looks at every operator call of a forward: a choice for `tapped` that changes nothing and notes the errors."""
 
     def __init__(self, models: Models, dtype: torch.dtype, seed: int) -> None:
-        self.ask, self.choose = models.ours.ask, models.choose
+        self.asked, self.choose = models.ours.asked, models.choose
         self.dtype, self.seed = dtype, seed
         self.rows: dict[tuple[Site, str], list[Row]] = {}
 
@@ -88,7 +88,7 @@ class OperatorProbe:
         """Compare ours with the plain operator at a site, on the inputs of the call."""
         with torch.autocast("cpu", enabled=False):
             ours_there, plain_there = self.choose(site, operator), on_reference(getattr(gptkernels, site.operator))
-            ours_kwargs = {**kwargs, "backend": self.ask[site.operator.removesuffix("_packed")]}
+            ours_kwargs = {**kwargs, "backend": self.asked[site.operator.removesuffix("_packed")]}
             ours, again = (evaluate(site, ours_there, args, ours_kwargs, self.dtype, self.seed) for _ in range(2))
             plain = evaluate(site, plain_there, args, kwargs, self.dtype, self.seed)
             exact = evaluate(site, plain_there, args, kwargs, torch.float64, self.seed)

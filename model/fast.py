@@ -56,7 +56,9 @@ class TiedLookUp(torch.autograd.Function):
 class FastGPT(nn.Module):
     """A GPT with the reference's parameters, names and initial weights, computed by gptkernels.
 
-    backend is one of its backends, or one for each operator ("triton,causal_attention:cuda", model/backends.py). Its modules only hold the parameters: their own forwards and hooks are not called, so that a module put in the place of
+    backend is one of its backends, or one for each operator: "triton,causal_attention:cuda" (model/backends.py).
+
+    Its modules only hold the parameters: their own forwards and hooks are not called, so that a module put in the place of
     one changes nothing but the weights. To compute a part in another way, override attend, think or block in a subclass.
     """
 
@@ -67,7 +69,7 @@ class FastGPT(nn.Module):
         super().__init__()
         source = GPT(config) if parameters_of is None else parameters_of
         self.config = config
-        self.backend, self.ask = backend, by_operator(backend)
+        self.backend = backend
         self.transformer = source.transformer
         self.lm_head = source.lm_head
         if config.pos == "sinusoidal":
@@ -86,6 +88,15 @@ class FastGPT(nn.Module):
         reference.transformer, reference.lm_head = self.transformer, self.lm_head
         return reference.train(self.training)
 
+    @property
+    def backend(self) -> str:
+        """What is asked for, in one text; `asked` has it by operator."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend, self.asked = backend, by_operator(backend)
+
     def backends(self, dtype: torch.dtype | None = None) -> dict[str, str]:
         """The backend that each operator gets where the weights are, in dtype (theirs if not given); raises as they do."""
         weight = self.lm_head.weight
@@ -95,7 +106,7 @@ class FastGPT(nn.Module):
         # Attention also looks at the width of a head.
         return {
             operator: (choose if operator == "causal_attention" else resolve)(asked, heads)
-            for operator, asked in self.ask.items()
+            for operator, asked in self.asked.items()
         }
 
     def forward(
@@ -117,11 +128,11 @@ class FastGPT(nn.Module):
         words = None if self.config.outputs == self.config.vocab_size else self.config.outputs
         logits = None
         if targets is None or return_logits:
-            logits = linear(hidden, weight[:words], backend=self.ask["linear"])
+            logits = linear(hidden, weight[:words], backend=self.asked["linear"])
         if targets is None:
             return logits, None
         flat = hidden.flatten(0, 1), weight, targets.flatten()
-        loss = linear_cross_entropy(*flat, vocab_size=words, backend=self.ask["linear_cross_entropy"])
+        loss = linear_cross_entropy(*flat, vocab_size=words, backend=self.asked["linear_cross_entropy"])
         return logits, loss
 
     def hidden(self, rows: Tensor, seed: Seed | None) -> Tensor:
@@ -130,14 +141,14 @@ class FastGPT(nn.Module):
         for layer in range(1, self.config.n_layer):
             x, branch = self.block(layer, x, branch, seed)
         last = self.transformer.ln_f
-        return layer_norm(branch, last.weight, last.bias, residual=x, backend=self.ask["layer_norm"])[0]
+        return layer_norm(branch, last.weight, last.bias, residual=x, backend=self.asked["layer_norm"])[0]
 
     def block(self, layer: int, x: Tensor, branch: Tensor | None, seed: Seed | None) -> tuple[Tensor, Tensor]:
         """Block number `layer`: the residual stream x and the branch to be added to it, from those of the block before.
 
         It uses the parameters of its own block alone. h is the normalised value of the stream.
         """
-        block, backend = cast("Block", self.transformer.h[layer]), self.ask["layer_norm"]
+        block, backend = cast("Block", self.transformer.h[layer]), self.asked["layer_norm"]
         if branch is None:
             h = layer_norm(x, block.ln_1.weight, block.ln_1.bias, backend=backend)
         else:
@@ -173,7 +184,12 @@ class FastGPT(nn.Module):
     def attend(self, attn: Attention, h: Tensor, layer: int, seed: Seed | None) -> Tensor:
         """(B, T, C): the attention branch of a block."""
         B, T, C = h.shape
-        H, p, backend, dense = self.config.n_head, self.config.dropout, self.ask["causal_attention"], self.ask["linear"]
+        H, p, backend, dense = (
+            self.config.n_head,
+            self.config.dropout,
+            self.asked["causal_attention"],
+            self.asked["linear"],
+        )
         qkv = linear(h, attn.c_attn.weight, attn.c_attn.bias, backend=dense).view(B, T, 3, H, C // H)
         if seed is None:
             out = causal_attention_packed(qkv, backend=backend)
@@ -185,7 +201,7 @@ class FastGPT(nn.Module):
     def think(self, mlp: MLP, h: Tensor) -> Tensor:
         """(B, T, C): the MLP branch of a block."""
         fc, proj = mlp.c_fc, mlp.c_proj
-        approximate, backend = "tanh" if self.config.act == "gelu_tanh" else "none", self.ask["gelu_mlp"]
+        approximate, backend = "tanh" if self.config.act == "gelu_tanh" else "none", self.asked["gelu_mlp"]
         return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=backend)
 
 

@@ -17,9 +17,10 @@ def kept_by_operator(config: Config, backends: Backends) -> dict[str, float]:
     """Bytes that one token leaves in one layer, counted tensor by tensor.
 
     On our kernels: two residual sums, two norms, q, k, v, attention's output and the MLP's pre-activation, two statistics
-    for each head and norm. Plain PyTorch keeps every step of its formulas: of a norm what is divided, of GELU five tensors
-    as wide as the MLP, of attention a row of the matrix in each head. recompute leaves what enters the block, and with
-    selective what attention and its products gave.
+    for each head and norm. Plain PyTorch keeps two fp32 rows more for two norms, of GELU what its formula goes through, of
+    attention a row of the matrix in each head; in 16 bits these are autocast's of a GPU, which takes powers and softmax
+    in fp32 (a CPU's keeps less). recompute leaves what enters the block, and with selective what attention and its
+    products gave.
     """
     m, t = config.model, config.train
     C, e = m.n_embd, element_bytes(config)
@@ -31,13 +32,15 @@ def kept_by_operator(config: Config, backends: Backends) -> dict[str, float]:
         entering["linear"] = 4.0 * C * e
         entering["causal_attention"] = 0.0 if plain_attention else C * e + 8.0 * m.n_head
         return entering | ({"gelu_mlp": 5.0 * C * e} if plain_mlp else {})
-    row = m.context * (2 * e + 1 if m.dropout else e)  # of weights; with dropout also what is kept, and the mask
+    # The weights, and what dropout leaves of them beside its mask; in 16 bits the softmax's fp32, and what is multiplied.
+    row = m.context * ((9 if m.dropout else 4) if e == 4 else (7 if m.dropout else 6))
+    mlp = (20.0 if e == 4 else 16.0) if plain_mlp else float(e)  # an element as wide as the MLP
     return {
         "residual": 2.0 * C * STREAM_BYTES,
         "layer_norm": 2.0 * C * e + (2.0 * C * STREAM_BYTES if is_plain("layer_norm", backends) else 16),
         "linear": 3.0 * C * e,
         "causal_attention": C * e + m.n_head * (row if plain_attention else 8.0),
-        "gelu_mlp": (20.0 if plain_mlp else 4.0) * C * e,
+        "gelu_mlp": 4.0 * C * mlp,
         "dropout": 2.0 * C if m.dropout else 0.0,
     }
 

@@ -322,7 +322,7 @@ int main() {
         for (int kinds = 0; kinds < 32; ++kinds)
             alone([&] { layer_norm(N, C, kinds & 1, kinds & 2, kinds & 4, kinds & 8, kinds & 16); });
     constexpr int64_t MATMUL[][3] = {{1, 1, 1},   {5, 3, 2}, {13, 33, 17}, {1, 65, 385}, {49, 2, 769},
-                                     {2, 390, 5}, {3, 4, 0}, {0, 3, 4},    {130, 3, 5}};
+                                     {2, 390, 5}, {3, 4, 0}, {0, 3, 4},    {130, 3, 5},  {100, 400, 800}};
     constexpr int64_t HEADS[][3] = {{1, 1, 1}, {5, 3, 7}, {9, 20, 33}, {7, 2, 65}, {0, 3, 4}};
     for (OutsideProduct product : {(OutsideProduct) nullptr, (OutsideProduct)loops}) {
         set_outside_product(product);

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import cli, equivalence_subject, fast
+from model.backends import OPERATORS
 from model.config import resolve
 from model.equivalence_report import table
 from model.equivalence_rule import LEVELS, Row, allowed_error, compare, last_place, nearest, pooled
@@ -49,6 +50,16 @@ def test_the_fast_model_passes(capsys):
     text = "\n".join(lines)
     assert f"computes the reference's function: all {len(result['rows'])} quantities" in text
     assert "Is this drift normal? Yes: over 5 steps" in text
+
+
+def test_backends_by_operator(capsys):
+    """Every operator is compared on the backend asked for it: on the reference it errs exactly as plain PyTorch does."""
+    status, result, lines = check(capsys, *QUICK, "--backend", "cpu,layer_norm:reference")
+    assert status == 0 and "backend cpu,layer_norm:reference: cpu (" in "\n".join(lines)
+    rows = [row for row in result["rows"] if row["level"] == "operator"]
+    plain = {name: all(row["error"] == row["reference_error"] and row["rms"] == row["reference_rms"] for row in rows
+                       if f" {name}" in row["quantity"]) for name in OPERATORS}  # fmt: skip
+    assert plain == {name: name == "layer_norm" for name in OPERATORS}
 
 
 @pytest.mark.parametrize(

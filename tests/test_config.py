@@ -1,5 +1,9 @@
 """Settings: the presets, the overrides and their origins, and what is refused."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from model.config import (
@@ -77,10 +81,11 @@ def test_wrong_overrides(text, message):
         ("val_fraction=1", "val_fraction must be between 0 and 1"),
         ("beta2=1", r"beta2 must be in \[0, 1\)"),
         ("dtype=fp8", "dtype must be one of auto, fp32, bf16, fp16, got 'fp8'"),
-        ("backend=magic", "backend must be one of auto, .*reference.*, got 'magic'$"),
+        ("backend=magic", "backend must be one of auto, .*reference.*, got 'magic'; for one operator"),
         ("backend=cpu,linear:", "backend must be one of auto, .*, got '' in 'cpu,linear:'"),
         ("backend=cpu,attention:cuda", "by operator for causal_attention, .*, got 'attention' in 'cpu,attention:cuda'"),
         ("backend=linear:cpu,linear:cuda", "must name one for linear, got cpu and cuda in"),
+        ("backend=:cpu", "by operator for causal_attention, .*, got '' in ':cpu'"),
         ("backend=cpu,cuda", "must name one for all operators, got cpu and cuda in"),
         ("data=", "data must name a text"),
         ("name=a/b", "name must be a plain folder name"),
@@ -137,3 +142,10 @@ def test_every_key_is_short_named_described_and_shown():
         assert full_key(name.split(".")[1]) == name  # a bare name is enough
         assert field.metadata["help"] in text and name in text
     assert len(all_keys()) < 50
+
+
+def test_settings_are_read_without_torch():
+    """What --help, --print-config and a mistyped setting need takes no second of imports."""
+    code = "import sys; from model.config import resolve; resolve('tiny', ['steps=3']); print('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True) == "False\n"

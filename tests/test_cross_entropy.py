@@ -59,6 +59,12 @@ def test_matches_the_oracle(backend, dtype, N, C, V, reduction):
     check_against_oracle(call, partial(cross_entropy_inputs, N, C, V, dtype), backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_long_chunks(dtype):
+    """Chunks of 660 rows: the weight's gradient of each is summed in two pieces and added to that of those before."""
+    check_against_oracle(linear_cross_entropy, partial(cross_entropy_inputs, 700, 8, 20000, dtype), "cpu")
+
+
 @dtypes
 def test_float32_weights(backend, dtype):
     inputs = partial(cross_entropy_inputs, 17, 20, 43, dtype, weight_dtype=torch.float32)
@@ -273,7 +279,7 @@ def test_strided_targets(backend):
     check_equal(found, results(call, {**inputs, "targets": torch.full((9,), 4)}, douts)[0])
 
 
-@cases_of_own_products("N, C, V", [(9, 12, 21)], [(130, 100, 700)])
+@cases_of_own_products("N, C, V", [(9, 12, 21)], [(130, 100, 700), (700, 20, 65)])
 def test_repeats(backend, dtype, N, C, V):
     # Triton's chunks are multiplied by torch.mm, whose bits on the CPU depend on the number of threads.
     threads = (1,) if backend == "triton" else (1, 2)

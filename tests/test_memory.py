@@ -124,8 +124,9 @@ def test_the_estimate_of_kept_activations(dtype, backend, dropout):
     shape = ["vocab_size=65", "n_layer=2", f"dropout={dropout}"]
     config, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", *shape])
     truth, guess = kept_bytes(config)
-    print(f"{guess / truth:.3f}")
-    assert 0.9 * truth < guess < 1.1 * truth
+    # bf16 on plain PyTorch is counted as on a GPU, whose autocast takes more of the formulas in fp32 than a CPU's.
+    plain = dtype == "bf16" and backend != "auto"
+    assert 0.9 * truth < guess < (1.6 if plain else 1.1) * truth
 
 
 def test_the_estimate_of_what_recompute_leaves():

@@ -153,7 +153,7 @@ def test_layouts_of_nothing(backend, dtype, layout, shape, F_width):
 
 
 @gelus
-@cases("shape, F_width", [((9, 20), 17)], [((200, 100), 400)])
+@cases("shape, F_width", [((9, 20), 17)], [((200, 100), 400), ((800, 20), 40)])
 def test_repeats(backend, dtype, shape, F_width, approximate):
     call = partial(gelu_mlp, backend=backend, approximate=approximate)
     check_repeats(call, mlp_inputs(shape, F_width, dtype), repeats=2)

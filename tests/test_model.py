@@ -110,7 +110,10 @@ def test_one_operator_on_another_backend(operator, monkeypatch):
     check_against_oracle(CONFIG, torch.float32, backend=f"cpu,{operator}:reference")
     expected = {name: "reference" if name == operator else "cpu" for name in OPERATORS}
     assert asked == {name: {backend} for name, backend in expected.items()}
-    assert FastGPT(CONFIG, backend=f"cpu,{operator}:reference").backends() == expected
+    model = FastGPT(CONFIG, backend=f"cpu,{operator}:reference")
+    assert model.backends() == expected
+    model.backend = "cpu"
+    assert set(model.backends().values()) == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,7 @@ def test_one_operator_on_another_backend(operator, monkeypatch):
         ("auto", ["auto"] * 5),
         ("causal_attention:cuda", ["cuda", "auto", "auto", "auto", "auto"]),
         ("triton, causal_attention:cuda ,linear:reference", ["cuda", "triton", "reference", "triton", "triton"]),
+        ("linear : cuda, cpu", ["cpu", "cpu", "cuda", "cpu", "cpu"]),
         ("linear_cross_entropy:auto,cpu", ["cpu", "cpu", "cpu", "cpu", "auto"]),
     ],
 )

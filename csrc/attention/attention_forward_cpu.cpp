@@ -112,8 +112,9 @@ struct Forward {
             Memory w = memory(padded_keys);
             copy_in<LD>(k, b, h, 0, p.S, padded_keys, p.D, w.keys);
             copy_in<LD>(v, b, h, 0, p.S, padded_keys, p.D, w.values);
-            // Every splits-th tile, the long ones of the end first.
-            for (int64_t tile = tiles - 1 - task % splits; tile >= 0; tile -= splits) query_tile(b, h, tile * BQ, w);
+            // Every splits-th tile, the long ones of the end first; tasks with longer and with shorter ones take turns.
+            int64_t part = task % splits, first = part % 2 ? splits - 1 - part / 2 : part / 2;
+            for (int64_t tile = tiles - 1 - first; tile >= 0; tile -= splits) query_tile(b, h, tile * BQ, w);
         });
     }
 };

@@ -9,7 +9,8 @@
 
 namespace gptkernels {
 
-// Rows that are added one after another: N numbers in sums of sums err by a term in ROWS + N / ROWS, not in N.
+// Rows that are added one after another: N numbers in sums of sums err by a term in COLUMN_ROWS + N / COLUMN_ROWS, not
+// in N.
 constexpr int64_t COLUMN_ROWS = 32;
 
 // out[c] = sum over n of x[n * ld + c], of the columns [begin, begin + 4 W) that there are. Four vectors a strip: with
@@ -34,21 +35,23 @@ void strip_sums(const T* x, int64_t N, int64_t C, int64_t ld, int64_t begin, Out
 }
 
 // out[c] = sum over n of x[n * ld + c], in an order that N alone decides: the result does not depend on the number of
-// threads. Many rows are added by the threads that have them, in up to 64 bands, and then the bands.
+// threads. Many rows are added in up to 64 bands, by the threads that have them, and then the bands.
 template <class T, class Out>
 void column_sums(const T* x, int64_t N, int64_t C, int64_t ld, Out* out) {
-    constexpr int64_t STRIP = 4 * W;
+    constexpr int64_t STRIP = 4 * W, GROUP = 8 * STRIP;
+    auto whole = [&](auto* from, int64_t count, int64_t from_ld) {
+        parallel_for((C + STRIP - 1) / STRIP, [&](int64_t i) { strip_sums(from, count, C, from_ld, i * STRIP, out); });
+    };
     int64_t rows = (N / 64 / COLUMN_ROWS + 1) * COLUMN_ROWS, bands = (N + rows - 1) / rows;
-    if (bands <= 2) {
-        parallel_for((C + STRIP - 1) / STRIP, [&](int64_t i) { strip_sums(x, N, C, ld, i * STRIP, out); });
-        return;
-    }
+    if (bands <= 2) return whole(x, N, ld);
     float* sums = workspace_of<float>(Slot::COLUMNS, bands * C);
-    parallel_for(bands, [&](int64_t band) {
-        int64_t n = band * rows, count = n + rows < N ? rows : N - n;
-        for (int64_t c = 0; c < C; c += STRIP) strip_sums(x + n * ld, count, C, ld, c, sums + band * C);
+    int64_t groups = (C + GROUP - 1) / GROUP;
+    parallel_for(bands * groups, [&](int64_t task) {
+        int64_t n = task / groups * rows, count = n + rows < N ? rows : N - n, begin = task % groups * GROUP;
+        for (int64_t c = begin; c < C && c < begin + GROUP; c += STRIP)
+            strip_sums(x + n * ld, count, C, ld, c, sums + task / groups * C);
     });
-    column_sums(sums, bands, C, C, out);
+    whole(sums, bands, C);
 }
 
 }  // namespace gptkernels

@@ -31,7 +31,7 @@ constexpr int64_t A_PANELS = W == 16 ? 6 : 16;
 // The block of C that a task owns; B's slice is then 576 KiB.
 constexpr int64_t NC = 384;
 constexpr int64_t MC = 1020;
-// Elements of the largest C that is summed in pieces of K: 2 MiB, so that the pieces stay in the L2 or L3 cache.
+// Elements of the largest C that is summed in pieces of K, two of them 4 MiB: they stay in the caches.
 constexpr int64_t MOST_SUMS = 1 << 19;
 
 template <Product P>
@@ -209,65 +209,74 @@ void multiply_block_number(int64_t number, const Blocks& blocks, const Problem& 
     multiply_block<P>(p, row, std::min(p.M, row + blocks.rows), col, std::min(p.N, col + blocks.cols));
 }
 
-// In how many pieces of K a product is computed: two where K is long beside C and both factors lie along the other
-// dimension. This is a weight's gradient: then the rows of x and dy that a thread wrote are multiplied by that thread,
-// and only sums as large as the weight cross over.
-int64_t pieces_of(const Problem& p) {
+// Pieces of K that are summed apart, each into a matrix of whole register tiles.
+struct Pieces {
+    int64_t count, depth, ld, size;
+};
+
+// Two where K is long beside C and both factors lie along the other dimension. This is a weight's gradient: the rows of
+// x and dy that a thread wrote are then multiplied by that thread. What goes from core to core are sums of C's size,
+// written and read, in the place of half of both factors: 4 M N numbers for (M + N) K.
+Pieces pieces_of(const Problem& p) {
+    int64_t ld = padded(p.N), size = ceil_div(p.M, MR) * MR * ld;
     bool gradient = !p.a.k_contiguous && !p.b.k_contiguous && p.K >= KC;
-    return gradient && 4 * p.M * p.N < (p.M + p.N) * p.K && p.M * p.N <= MOST_SUMS ? 2 : 1;
+    bool apart = gradient && 4 * p.M * p.N < (p.M + p.N) * p.K && size <= MOST_SUMS;
+    return {apart ? 2 : 1, ceil_div(ceil_div(p.K, 2), W) * W, ld, size};
 }
 
-// The product's piece [k, k + depth) of K, its result stored at `sums`, a matrix of whole register tiles.
-struct Piece {
+// An epilogue that keeps a piece's sums.
+struct Keep {
     float* sums;
     int64_t ld;
 
     static void take(const void* context, const Tile& t) {
-        const Piece& to = *static_cast<const Piece*>(context);
+        const Keep& to = *static_cast<const Keep*>(context);
         for (int i = 0; i < t.rows; ++i)
             for (int j = 0; j < t.cols; j += W)
                 store(to.sums + (t.row + i) * to.ld + t.col + j, load(t.values + i * t.ld + j));
     }
 };
 
-Factor from(const Factor& f, int64_t k) {
+// The factor from unit k of K on.
+Factor from_k(const Factor& f, int64_t k) {
     int64_t elements = f.k_contiguous ? k : k * f.ld;
     return {static_cast<const char*>(f.data) + elements * (f.is_bf16 ? 2 : 4), f.ld, f.is_bf16, f.k_contiguous};
 }
 
 // Hand over the sums of the pieces, added in order.
-void add_pieces(const Problem& p, float* sums, int64_t ld, int64_t size, int64_t pieces) {
+void add_pieces(const Problem& p, const Pieces& pieces, float* sums) {
+    int64_t ld = pieces.ld;
     parallel_ranges(ceil_div(p.M, MR), 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin * MR; row < std::min(p.M, end * MR); row += MR)
             for (int64_t col = 0; col < p.N; col += NR) {
                 float* tile = sums + row * ld + col;
-                for (int64_t at = size; at < pieces * size; at += size)
+                for (int64_t piece = 1; piece < pieces.count; ++piece)
                     for (int64_t i = 0; i < MR; ++i)
-                        for (int64_t j = 0; j < NR; j += W)
-                            store(tile + i * ld + j, load(tile + i * ld + j) + load(tile + at + i * ld + j));
+                        for (int64_t j = i * ld; j < i * ld + NR; j += W)
+                            store(tile + j, load(tile + j) + load(tile + piece * pieces.size + j));
                 p.epilogue(p.context, {row, col, (int)std::min<int64_t>(MR, p.M - row),
                                        (int)std::min<int64_t>(NR, p.N - col), tile, (int)ld});
             }
     });
 }
 
-// Tasks own blocks of C and pack what they need of B, so no thread writes what another one has read: a Zen 4 core took
-// 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product takes 480.
+// Tasks own blocks of C and pack what they need of B, so but for pieces of K no thread writes what another one has
+// read: a Zen 4 core took 7 to 38 ns for each such cache line, and a B packed by all together 72 us where the product
+// takes 480.
 template <Product P>
 void run(const Problem& p) {
-    int64_t pieces = pieces_of(p), depth = ceil_div(ceil_div(p.K, pieces), W) * W;
-    Blocks blocks = blocks_of(p.M, p.N, pieces);
-    if (pieces == 1)
+    Pieces pieces = pieces_of(p);
+    Blocks blocks = blocks_of(p.M, p.N, pieces.count);
+    if (pieces.count == 1)
         return parallel_for(blocks.count(), [&](int64_t task) { multiply_block_number<P>(task, blocks, p); });
-    int64_t ld = padded(p.N), size = ceil_div(p.M, MR) * MR * ld;
-    float* sums = workspace_of<float>(Slot::PIECES, pieces * size);
-    parallel_for(pieces * blocks.count(), [&](int64_t task) {
-        int64_t piece = task / blocks.count(), k = piece * depth;
-        Piece to{sums + piece * size, ld};
-        Problem part{p.M, p.N, std::min(depth, p.K - k), from(p.a, k), from(p.b, k), Piece::take, &to};
+    float* sums = workspace_of<float>(Slot::PIECES, pieces.count * pieces.size);
+    parallel_for(pieces.count * blocks.count(), [&](int64_t task) {
+        int64_t piece = task / blocks.count(), k = piece * pieces.depth, depth = std::min(pieces.depth, p.K - k);
+        Keep to{sums + piece * pieces.size, pieces.ld};
+        Problem part{p.M, p.N, depth, from_k(p.a, k), from_k(p.b, k), Keep::take, &to};
         multiply_block_number<P>(task % blocks.count(), blocks, part);
     });
-    add_pieces(p, sums, ld, size, pieces);
+    add_pieces(p, pieces, sums);
 }
 
 template <class T>

@@ -7,9 +7,10 @@
 //
 // The scheme is Goto and van de Geijn's (2008, ACM TOMS 34:3). A task owns a block of C of MC x NC. For each slice of
 // KC along K it packs B's slice into panels NR wide (L2), then A MR rows at a time (L1), and multiplies them in
-// registers: MR x NR accumulators. Partial sums of several slices wait in a scratch buffer. Tasks share nothing, the
-// order of every sum is fixed by the shape: results do not depend on the number of threads. Which thread computes what
-// follows the rows of C from product to product, since cores that share no cache are slow to read what another wrote.
+// registers: MR x NR accumulators. Partial sums of several slices wait in a scratch buffer. The order of every sum is
+// fixed by the shape: results do not depend on the number of threads. Which thread computes what follows the rows of
+// the factors and of C, since a core is slow to read what another wrote, most where they share no cache: bands of rows
+// where there are many, and a weight's gradient in two pieces of K.
 #pragma once
 
 #include <cstdint>
