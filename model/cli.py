@@ -193,7 +193,6 @@ def data_command(args: argparse.Namespace) -> int:
         if args.tokenizer:
             made = prepare(source, args.tokenizer, args.vocab, args.out, args.val_fraction)
         print(summary(made, written=bool(args.tokenizer)))
-        print(f"\ntrain on it: gptkernels train PRESET data={made}")
         return 0
     text = load_text(source)
     characters = CharTokenizer.of_text(text.text).characters

@@ -134,7 +134,7 @@ def compare_and_show(args: argparse.Namespace) -> Comparison:
     what, dtype = subject(args.name, args.overrides, args.seed), DTYPES[args.dtype]
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
-    print(f"backend {args.backend}: {describe_backends(backends)}\n", flush=True)
+    print(f"backend {args.backend}: {describe_backends(backends, 'cpu')}\n", flush=True)
     if args.report:  # what cannot be written is said before the work
         args.report.parent.mkdir(parents=True, exist_ok=True)
     slow = count_parameters(what.weights) >= SLOW_PARAMETERS
@@ -172,7 +172,7 @@ def about(args: argparse.Namespace, what: Subject, backends: Mapping[str, str]) 
     command = ["gptkernels", "check", args.name, *args.overrides, "--dtype", args.dtype, "--backend", args.backend]
     return [
         ("model", f"{size}; {what.description}"),
-        ("arithmetic", f"{args.dtype}; {describe_backends(backends)}"),
+        ("arithmetic", f"{args.dtype}; {describe_backends(backends, 'cpu')}"),
         ("machine", f"{processor_name()}, {threads} thread{'s' * (threads != 1)}, torch {torch.__version__}"),
         ("again with", shlex.join([*command, "--steps", str(args.steps), "--seed", str(args.seed)])),
         ("written", time.strftime("%Y-%m-%d %H:%M")),

@@ -199,4 +199,9 @@ def summary(folder: Path, *, written: bool = False) -> str:
         ),
         ("sha256", f"{data.sha256} (tokens)"),
     ]
-    return "\n".join(f"{name:<11} {text}" for name, text in lines)
+    # What load_dataset asks for: an epoch of shards moves its windows by up to one of them.
+    context = min(len(data.train) // 2, len(data.train) - 2, len(data.val) - 2)
+    use = f"train on it: gptkernels train PRESET data={folder}, with a context of up to {context:,} tokens"
+    if context < 1:
+        use = "too small to train on: prepare it from more text, or with another --val-fraction"
+    return "\n".join([*(f"{name:<11} {text}" for name, text in lines), "", use])

@@ -100,12 +100,13 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def describe_backends(backends: Mapping[str, str]) -> str:
-    """Operators by the backend that they get; the reference model has none."""
+def describe_backends(backends: Mapping[str, str], device: str) -> str:
+    """Operators by the backend that they get on a device, "cpu" or "cuda"; the reference model has none."""
     by_backend: dict[str, list[str]] = {}
     for operator, backend in backends.items():
         by_backend.setdefault(backend, []).append(operator)
-    parts = [f"{backend} ({', '.join(operators)})" for backend, operators in by_backend.items()]
+    how = {"triton": "interpreted, slow: ", "simt": "emulated, slow: "} if device == "cpu" else {}
+    parts = [f"{backend} ({how.get(backend, '')}{', '.join(names)})" for backend, names in by_backend.items()]
     return "; ".join(parts) or "none: model=reference is plain PyTorch"
 
 
@@ -142,7 +143,7 @@ def start_card(
             f"{size(activations)} (beside Python and torch)" + f"; of the host's {size(host)}" * (host > 0),
         ),
         ("device", processor + roof + (f", {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else "")),
-        ("backends", describe_backends(backends)),
+        ("backends", describe_backends(backends, device.type)),
         ("data", f"{dataset.source}, {dataset.tokenizer.description}, sha256 {dataset.sha256[:12]}"),
         ("split", f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate"),
         ("seed", str(t.seed)),

@@ -32,6 +32,16 @@ def test_the_step_line_elsewhere():
     assert stream.getvalue() == f"{line}\nnote\n"
 
 
+def test_backends_that_are_slow_here_are_called_so():
+    backends = {"linear": "cpu", "gelu_mlp": "simt", "layer_norm": "triton", "causal_attention": "cpu"}
+    on_cpu = report.describe_backends(backends, "cpu")
+    assert (
+        on_cpu
+        == "cpu (linear, causal_attention); simt (emulated, slow: gelu_mlp); triton (interpreted, slow: layer_norm)"
+    )
+    assert report.describe_backends({"linear": "triton"}, "cuda") == "triton (linear)"
+
+
 def test_the_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     stream = Terminal()

@@ -1,6 +1,7 @@
 """Token shards: what is written is what is read, in an order without state, and what is broken is named."""
 
 import json
+import re
 import shutil
 import zipfile
 
@@ -12,7 +13,7 @@ from model import cli, english, fetch, shards
 from model.checkpoint import LAST
 from model.data import all_windows, load_dataset, random_batch, shard_dataset
 from model.english import BOUNDARY
-from model.prepare import prepare
+from model.prepare import prepare, summary
 from model.ranks import local_share
 from model.shards import MANIFEST, TOKENIZER, Shards, ShardWriter, permuted
 from model.tokenizer import END_OF_TEXT, train_bpe
@@ -44,6 +45,19 @@ def folder(texts, tmp_path_factory):
     """Its tokens, in many shards."""
     out = tmp_path_factory.mktemp("data") / "tokens"
     return prepare(str(texts), "bpe", 320, str(out), 0.1, quiet=True, shard_tokens=500)
+
+
+def test_the_summary_names_the_longest_context(folder, tmp_path):
+    """One that loads, and the next one does not; text of which nothing is left to validate is not called fit to train on."""
+    most = int(
+        re.search(r"train on it: .* with a context of up to ([\d,]+) tokens", summary(folder))[1].replace(",", "")
+    )
+    assert load_dataset(str(folder), 0.1, most).val is not None
+    with pytest.raises(ValueError, match="must hold at least"):
+        load_dataset(str(folder), 0.1, most + 1)
+    (tmp_path / "a.txt").write_text("hello world")
+    small = prepare(str(tmp_path), "bpe", 260, str(tmp_path / "small"), 0.1, quiet=True)
+    assert "too small to train on" in summary(small) and "train PRESET" not in summary(small)
 
 
 def shards_of(tmp_path, tokens, dtype="<u2", shard_tokens=100):
