@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks.cli import main
 from benchmarks.gpu_table import gpu_markdown
+from benchmarks.long_format import csv_text
 from benchmarks.scaling import line as scaling_line
 from benchmarks.tables import case_text
 from benchmarks.targets import TARGETS, markdown
@@ -128,3 +132,10 @@ def test_a_file_that_is_no_result(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=r"other.json must be JSON of bench --out, of check, or a run's result.json"):
         main(["table", str(file)])
+
+
+def test_committed_csv_is_of_the_json_beside_it():
+    paths = sorted((Path(__file__).parent.parent / "benchmarks/results").glob("*.csv"))
+    assert paths
+    for path in paths:
+        assert path.read_text() == csv_text(json.loads(path.with_suffix(".json").read_text())), path
