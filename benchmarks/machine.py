@@ -16,7 +16,7 @@ import torch
 from benchmarks.device import AS_IT_COMES, clock_of, timed
 from benchmarks.harness import Timed, Times
 from benchmarks.options import Options
-from gptkernels.backend import cpu_library
+from gptkernels.backend import cores_apart, cpu_library
 from gptkernels.cost import Cost
 from model.machine import commit, now, processor_name
 
@@ -94,12 +94,25 @@ class CopyRoof:
         return timed(self.clock, (("transfer", self.copy),), "copy")
 
 
+class CoreDistance:
+    """From a core to another and back: no roof, but a virtual machine's cores may move, and times with them."""
+
+    name = "roof:cores"
+
+    def run(self) -> dict[str, float]:
+        """Seconds there and back, if there are two threads."""
+        seconds = cores_apart()
+        return {} if seconds is None else {"cores": seconds}
+
+
 class Roofs:
     """The roofs as columns, so that they are timed in the same rounds as the work."""
 
-    def __init__(self, matmuls: dict[torch.dtype, MatmulRoof], copy: CopyRoof) -> None:
+    def __init__(
+        self, matmuls: dict[torch.dtype, MatmulRoof], copy: CopyRoof, cores: CoreDistance | None = None
+    ) -> None:
         self.matmuls, self.copy = matmuls, copy
-        self.columns: list[Timed] = [*matmuls.values(), copy]
+        self.columns: list[Timed] = [*matmuls.values(), copy, *([cores] if cores else [])]
 
     def flops(self, times: dict[str, Times], dtype: torch.dtype) -> float:
         """Flops a second of the matmul in this dtype: by median, as the columns are."""
@@ -111,7 +124,7 @@ class Roofs:
         return self.copy.cost.bytes / statistics.median(times[self.copy.name]["copy"])
 
     def figures(self, times: dict[str, Times]) -> dict[str, object]:
-        """GFLOP/s of the matmuls with their sizes, and GB/s of the copy."""
+        """GFLOP/s of the matmuls with their sizes, GB/s of the copy, and ns between cores: all of them, sorted."""
         matmuls = {
             str(dtype).removeprefix("torch."): {
                 "gflops": self.flops(times, dtype) / 1e9,
@@ -121,7 +134,9 @@ class Roofs:
             }
             for dtype, matmul in self.matmuls.items()
         }
-        return {"matmul": matmuls, "copy_gbps": self.bytes(times) / 1e9}
+        apart = times.get(CoreDistance.name, {}).get("cores", [])
+        figures = {"matmul": matmuls, "copy_gbps": self.bytes(times) / 1e9}
+        return figures | ({"cores_ns": sorted(round(1e9 * seconds) for seconds in apart)} if apart else {})
 
 
 def roofs_of(dtypes: Sequence[torch.dtype], options: Options) -> Roofs:
@@ -130,7 +145,7 @@ def roofs_of(dtypes: Sequence[torch.dtype], options: Options) -> Roofs:
         return gpu_roofs(tuple(dtypes), options.quick, options.cache)
     largest = SMALLEST_MATMUL if options.quick else LARGEST_MATMUL
     matmuls = {dtype: MatmulRoof.fitted(dtype, largest) for dtype in dtypes}
-    return Roofs(matmuls, CopyRoof(COPY_BYTES // 16 if options.quick else COPY_BYTES))
+    return Roofs(matmuls, CopyRoof(COPY_BYTES // 16 if options.quick else COPY_BYTES), CoreDistance())
 
 
 @functools.cache

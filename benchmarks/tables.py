@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from benchmarks.breakdown import lines as breakdown_lines
@@ -54,7 +55,10 @@ def roof_line(roof: Mapping) -> str:
         f"matmul {dtype} {rate(m['gflops'])} GFLOP/s ({m['layout']}, {m['size']}^3)"
         for dtype, m in roof["matmul"].items()
     ]
-    return f"roof: {', '.join(matmuls)}, copy {rate(roof['copy_gbps'])} GB/s"
+    line = f"roof: {', '.join(matmuls)}, copy {rate(roof['copy_gbps'])} GB/s"
+    if not (apart := roof.get("cores_ns")):  # of one thread, of a GPU, of older results
+        return line
+    return f"{line}; cores {statistics.median_low(apart)} ns apart ({apart[0]} to {apart[-1]})"
 
 
 def table_rows(case: Mapping, timed: Sequence[str]) -> list[tuple[str, ...]]:

@@ -99,6 +99,18 @@ def cpu_library() -> tuple[str | None, str]:
     return _cpu_isa, _cpu_explanation
 
 
+def cores_apart() -> float | None:
+    """Seconds from a core to another and back, of two of torch's threads now; None with one thread, or no library.
+
+    Where the two share no cache it is several times as long, and what one thread wrote is slow to read for the other.
+    """
+    if _cpu_isa is None:
+        return None
+    measure = ctypes.CDLL(str(FOLDER / f"_cpu_{_cpu_isa}.so")).gptkernels_cores_apart
+    measure.restype = ctypes.c_double
+    return measure() or None
+
+
 def take_bf16_products(whose: str) -> None:
     """Whose matrix products the cpu backend takes in bfloat16 from now on: its "own", or "torch"'s with its own epilogues."""
     global _bf16_products

@@ -165,3 +165,16 @@ def test_without_a_library(broken, tmp_path):
     assert "run `pip install -e .` with a C++20 compiler" in explanation
     assert error == f"backend='cpu' cannot run here: {explanation}"
     assert process.stderr.count("backend auto takes the reference (plain PyTorch)") == 1
+
+
+def test_how_far_apart_the_cores_are():
+    """Of two threads that run at the same time: on a busy machine some tries find them so."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = [seconds for _ in range(20) if (seconds := backends.cores_apart())]
+        assert found and 1e-9 < min(found) < 1e-2
+        torch.set_num_threads(1)
+        assert backends.cores_apart() is None
+    finally:
+        torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from benchmarks.cli import main
 from benchmarks.gpu_table import gpu_markdown
 from benchmarks.long_format import csv_text
 from benchmarks.scaling import line as scaling_line
-from benchmarks.tables import case_text
+from benchmarks.tables import case_text, roof_line
 from benchmarks.targets import TARGETS, markdown
 
 
@@ -132,6 +132,12 @@ def test_a_file_that_is_no_result(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=r"other.json must be JSON of bench --out, of check, or a run's result.json"):
         main(["table", str(file)])
+
+
+def test_the_roof_line_names_how_far_apart_the_cores_were():
+    roof = {"matmul": {"float32": {"gflops": 190.0, "layout": "A B", "size": 2048}}, "copy_gbps": 35.0}
+    assert roof_line(roof) == "roof: matmul float32 190 GFLOP/s (A B, 2048^3), copy 35 GB/s"
+    assert roof_line(roof | {"cores_ns": [54, 55, 331, 480]}).endswith("GB/s; cores 55 ns apart (54 to 480)")
 
 
 def test_committed_csv_is_of_the_json_beside_it():
