@@ -99,6 +99,11 @@ def cpu_library() -> tuple[str | None, str]:
     return _cpu_isa, _cpu_explanation
 
 
+def plain_functions() -> ctypes.CDLL:
+    """The loaded library's functions that are no operators."""
+    return ctypes.CDLL(str(FOLDER / f"_cpu_{_cpu_isa}.so"))
+
+
 def cores_apart() -> float | None:
     """Seconds from a core to another and back, of two of torch's threads now; None with one thread, or no library.
 
@@ -106,7 +111,7 @@ def cores_apart() -> float | None:
     """
     if _cpu_isa is None:
         return None
-    measure = ctypes.CDLL(str(FOLDER / f"_cpu_{_cpu_isa}.so")).gptkernels_cores_apart
+    measure = plain_functions().gptkernels_cores_apart
     measure.restype = ctypes.c_double
     return measure() or None
 
@@ -116,7 +121,7 @@ def take_bf16_products(whose: str) -> None:
     global _bf16_products
     if whose not in ("own", "torch"):
         raise ValueError(f"whose must be 'own' or 'torch', got {whose!r}")
-    ctypes.CDLL(str(FOLDER / f"_cpu_{_cpu_isa}.so")).gptkernels_bf16_products_by_torch(whose == "torch")
+    plain_functions().gptkernels_bf16_products_by_torch(whose == "torch")
     _bf16_products = whose
 
 

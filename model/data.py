@@ -92,6 +92,11 @@ def load_dataset(
     return data
 
 
+def longest_context(data: Dataset) -> int:
+    """The longest context for which load_dataset finds a folder of shards large enough; below 1 where there is none."""
+    return min(len(data.train) // 2, len(data.train) - 2, len(data.val) - 2)
+
+
 def character_dataset(name: str, val_fraction: float, tokenizer: Tokenizer | None, expected: str | None) -> Dataset:
     """A text as characters, numbered by an earlier run's tokenizer if given."""
     text = load_text(name)

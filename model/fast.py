@@ -184,12 +184,8 @@ class FastGPT(nn.Module):
     def attend(self, attn: Attention, h: Tensor, layer: int, seed: Seed | None) -> Tensor:
         """(B, T, C): the attention branch of a block."""
         B, T, C = h.shape
-        H, p, backend, dense = (
-            self.config.n_head,
-            self.config.dropout,
-            self.asked["causal_attention"],
-            self.asked["linear"],
-        )
+        H, p = self.config.n_head, self.config.dropout
+        backend, dense = self.asked["causal_attention"], self.asked["linear"]
         qkv = linear(h, attn.c_attn.weight, attn.c_attn.bias, backend=dense).view(B, T, 3, H, C // H)
         if seed is None:
             out = causal_attention_packed(qkv, backend=backend)
@@ -201,7 +197,8 @@ class FastGPT(nn.Module):
     def think(self, mlp: MLP, h: Tensor) -> Tensor:
         """(B, T, C): the MLP branch of a block."""
         fc, proj = mlp.c_fc, mlp.c_proj
-        approximate, backend = "tanh" if self.config.act == "gelu_tanh" else "none", self.asked["gelu_mlp"]
+        approximate = "tanh" if self.config.act == "gelu_tanh" else "none"
+        backend = self.asked["gelu_mlp"]
         return gelu_mlp(h, fc.weight, fc.bias, proj.weight, proj.bias, approximate=approximate, backend=backend)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.data import shard_dataset
+from model.data import longest_context, shard_dataset
 from model.documents import Scan, documents_of, parts, scan
 from model.fetch import sha256
 from model.files import sync_folder, user_path, write_text
@@ -199,8 +199,7 @@ def summary(folder: Path, *, written: bool = False) -> str:
         ),
         ("sha256", f"{data.sha256} (tokens)"),
     ]
-    # What load_dataset asks for: an epoch of shards moves its windows by up to one of them.
-    context = min(len(data.train) // 2, len(data.train) - 2, len(data.val) - 2)
+    context = longest_context(data)
     use = f"train on it: gptkernels train PRESET data={folder}, with a context of up to {context:,} tokens"
     if context < 1:
         use = "too small to train on: prepare it from more text, or with another --val-fraction"

@@ -168,12 +168,12 @@ def test_without_a_library(broken, tmp_path):
 
 
 def test_how_far_apart_the_cores_are():
-    """Of two threads that run at the same time: on a busy machine some tries find them so."""
+    """Of two threads that run at the same time: on a busy machine some tries find them so. A try ends after 20 ms."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         found = [seconds for _ in range(20) if (seconds := backends.cores_apart())]
-        assert found and 1e-9 < min(found) < 1e-2
+        assert found and 1e-9 < min(found) < 0.02
         torch.set_num_threads(1)
         assert backends.cores_apart() is None
     finally:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.backends import OPERATORS, by_operator
 from model.config import (
     PRESETS,
     Config,
@@ -142,6 +143,20 @@ def test_every_key_is_short_named_described_and_shown():
         assert full_key(name.split(".")[1]) == name  # a bare name is enough
         assert field.metadata["help"] in text and name in text
     assert len(all_keys()) < 50
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("auto", ["auto"] * 5),
+        ("causal_attention:cuda", ["cuda", "auto", "auto", "auto", "auto"]),
+        ("triton, causal_attention:cuda ,linear:reference", ["cuda", "triton", "reference", "triton", "triton"]),
+        ("linear : cuda, cpu", ["cpu", "cpu", "cuda", "cpu", "cpu"]),
+        ("linear_cross_entropy:auto,cpu", ["cpu", "cpu", "cpu", "cpu", "auto"]),
+    ],
+)
+def test_backends_by_operator(text, expected):
+    assert by_operator(text) == dict(zip(OPERATORS, expected, strict=True))
 
 
 def test_settings_are_read_without_torch():

@@ -124,9 +124,14 @@ def test_the_estimate_of_kept_activations(dtype, backend, dropout):
     shape = ["vocab_size=65", "n_layer=2", f"dropout={dropout}"]
     config, _ = resolve("shakespeare-cpu", [f"dtype={dtype}", f"backend={backend}", *shape])
     truth, guess = kept_bytes(config)
-    # bf16 on plain PyTorch is counted as on a GPU, whose autocast takes more of the formulas in fp32 than a CPU's.
-    plain = dtype == "bf16" and backend != "auto"
-    assert 0.9 * truth < guess < (1.6 if plain else 1.1) * truth
+    # Plain GELU and softmax in bf16 are counted as on a GPU, whose autocast takes them in fp32: 16 bytes an element of the
+    # MLP for a CPU's 10, and 6 a weight of attention (7 with dropout) for 2 (5).
+    fewer_here = dtype == "bf16" and backend.removeprefix("auto,").partition(":")[0] in (
+        "reference",
+        "gelu_mlp",
+        "causal_attention",
+    )
+    assert 0.9 * truth < guess < (1.6 if fewer_here else 1.1) * truth
 
 
 def test_the_estimate_of_what_recompute_leaves():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import model.reference as reference
 from model import fast
-from model.backends import OPERATORS, by_operator
+from model.backends import OPERATORS
 from model.config import ModelConfig
 from model.fast import FastGPT
 from model.reference import GPT
@@ -114,20 +114,6 @@ def test_one_operator_on_another_backend(operator, monkeypatch):
     assert model.backends() == expected
     model.backend = "cpu"
     assert set(model.backends().values()) == {"cpu"}
-
-
-@pytest.mark.parametrize(
-    "text,expected",
-    [
-        ("auto", ["auto"] * 5),
-        ("causal_attention:cuda", ["cuda", "auto", "auto", "auto", "auto"]),
-        ("triton, causal_attention:cuda ,linear:reference", ["cuda", "triton", "reference", "triton", "triton"]),
-        ("linear : cuda, cpu", ["cpu", "cpu", "cuda", "cpu", "cpu"]),
-        ("linear_cross_entropy:auto,cpu", ["cpu", "cpu", "cpu", "cpu", "auto"]),
-    ],
-)
-def test_backends_by_operator(text, expected):
-    assert by_operator(text) == dict(zip(OPERATORS, expected, strict=True))
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
