@@ -237,7 +237,7 @@ struct Keep {
     }
 };
 
-// The factor from unit k of K on.
+// The factor from element k of K on.
 Factor from_k(const Factor& f, int64_t k) {
     int64_t elements = f.k_contiguous ? k : k * f.ld;
     return {static_cast<const char*>(f.data) + elements * (f.is_bf16 ? 2 : 4), f.ld, f.is_bf16, f.k_contiguous};
