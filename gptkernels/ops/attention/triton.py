@@ -38,14 +38,18 @@ DATA_CENTRE_SHARED_MEMORY = 128 * 1024
 FLOAT_PART = 32
 
 
+def widths(part: int, D: int) -> tuple[int, ...]:
+    """Parts of D columns: powers of two, 16 at least, all but the last one equal."""
+    rest = D % part
+    return (part,) * (D // part) + ((max(16, 1 << (rest - 1).bit_length()),) if rest else ())
+
+
 def tile(
     block_m: int, block_n: int, part: int, D: int, num_warps: int = 4, num_stages: int = 2, held: bool = False
 ) -> dict[str, Any]:
-    """Constants of a kernel's tile. Its D columns come in parts: powers of two, 16 at least, all but the last one equal."""
-    rest = D % part
-    widths = (part,) * (D // part) + ((max(16, 1 << (rest - 1).bit_length()),) if rest else ())
+    """Constants of a kernel's tile, whose D columns come in parts."""
     return {
-        "WIDTHS": widths, "BLOCK_M": block_m, "BLOCK_N": block_n, "HELD": held, "num_warps": num_warps,
+        "WIDTHS": widths(part, D), "BLOCK_M": block_m, "BLOCK_N": block_n, "HELD": held, "num_warps": num_warps,
         "num_stages": num_stages,
     }  # fmt: skip
 
@@ -57,7 +61,16 @@ def part_of(D: int) -> int:
 
 @functools.cache
 def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False) -> dict[str, Any]:
-    """Tile of the forward."""
+    """Tile of the forward; V_WIDTHS are the parts of v and of the accumulator."""
+    tiles = score_tiles(dtype, D, shared_memory, dropout)
+    if dtype != torch.float32 and shared_memory < WIDE_SHARED_MEMORY and 64 < D <= 128:
+        # ldmatrix finds a part of 32 columns by half the registers of a wider one, with which Triton 3.7 spilled.
+        return tiles | {"V_WIDTHS": widths(32, D)}
+    return tiles | {"V_WIDTHS": tiles["WIDTHS"]}
+
+
+def score_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool) -> dict[str, Any]:
+    """What the forward's q and k come in."""
     if dtype == torch.float32:
         return tile(32, 32, FLOAT_PART, D)
     if shared_memory >= WIDE_SHARED_MEMORY:
@@ -69,7 +82,7 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
     if D <= 128:
         if dropout:
             return tile(64, 32, 128, D)
-        return tile(128, 32, 64, D) if shared_memory >= DATA_CENTRE_SHARED_MEMORY else tile(64, 64, 64, D)
+        return tile(128, 32, part_of(D), D) if shared_memory >= DATA_CENTRE_SHARED_MEMORY else tile(64, 64, 64, D)
     return tile(64, 16, 64, D)
 
 
@@ -90,7 +103,7 @@ def query_gradient_tiles(
             return tile(128, 64, part_of(D), D, num_warps=8, num_stages=2 if tensor_memory else 3)
         return tile(64, 32 if dropout or tensor_memory else 64, 128, D, num_warps=8)
     if D <= 64:
-        return tile(128, 32, 64, D, held=not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY)
+        return tile(128, 32, 32 if dropout else 64, D, held=not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY)
     if D <= 128:
         return tile(128 if not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY else 64, 32, 64, D)
     return tile(64, 16, 64, D, num_warps=8 if dropout and shared_memory < DATA_CENTRE_SHARED_MEMORY else 4)

@@ -170,7 +170,6 @@ def key_gradient_rows(
     rows = m + tl.arange(0, ROWS)
     # Beyond T, where the last row stands in the tile, the last of the terms makes the weight 0.
     shift = load_term(terms_ptr, rows, T, 0.0 if EXACT else float("inf"), CHECK_T)
-    delta = load_term(terms_ptr + T, rows, T, 0.0, CHECK_T)
     log_sum = load_term(terms_ptr + 2 * T, rows, T, float("inf"), CHECK_T) if EXACT else shift
     scores = inner_product(tl.zeros((BLOCK_N, ROWS), tl.float32), k, q, PRECISION)
     p = weights(scores, shift[None, :], log_sum[None, :], scale_log2, EXACT)
@@ -178,6 +177,7 @@ def key_gradient_rows(
         row = (m + offset + tl.arange(0, ROWS))[None, :]
         p = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= row, p, 0.0)
     dp = inner_product(tl.zeros((BLOCK_N, ROWS), tl.float32), v, dout, PRECISION)
+    delta = load_term(terms_ptr + T, rows, T, 0.0, CHECK_T)
     if DROPOUT:
         keep = tl.trans(dropout_keep(seed, threshold, b, h, m + offset, ROWS, n, BLOCK_N))
         dv = add_product(dv, tl.where(keep, p, 0.0), dout, PRECISION)

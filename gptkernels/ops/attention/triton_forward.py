@@ -162,8 +162,8 @@ def lane_sums(p):
 @triton.jit
 def forward_keys(
     acc, row_max, row_sum, q, k_ptr, v_ptr, first, last, m, b, h, S, offset, scale_log2, seed, threshold,
-    stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, CHECK_S: tl.constexpr,
+    stride_kt: tl.constexpr, stride_vt: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, V_WIDTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CHECK_S: tl.constexpr,
     DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [first, last)."""
@@ -185,7 +185,7 @@ def forward_keys(
         if DROPOUT:
             p = tl.where(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N), p, 0.0)
         # A key beyond S, of which the last one stands in the tile, has the weight 0 in every row that is stored.
-        v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
+        v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, V_WIDTHS, INT64)
         acc = add_product(scaled(acc, alpha[:, None]), p, v, PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -199,8 +199,8 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, seed_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     H, T, S, scale, threshold, keep_scale, stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr,
-    stride_ot: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HELD: tl.constexpr, UNIT: tl.constexpr,
+    stride_ot: tl.constexpr, D: tl.constexpr, WIDTHS: tl.constexpr, V_WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HELD: tl.constexpr, UNIT: tl.constexpr,
     CHECK_T: tl.constexpr, CHECK_S: tl.constexpr, DROPOUT: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention forward with online softmax (Dao 2023, arXiv 2307.08691).
@@ -226,7 +226,7 @@ def attention_forward_kernel(
     q = load_tile(q_ptr, m, stride_qt, BLOCK_M, T, CHECK_T, D, WIDTHS, INT64)
     if HELD:
         q = held(q)
-    acc = zeros(BLOCK_M, WIDTHS)
+    acc = zeros(BLOCK_M, V_WIDTHS)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M, 8), tl.float32)
     # Keys before `free` are seen by every row of the block; none from `last` on is seen by any.
@@ -234,11 +234,11 @@ def attention_forward_kernel(
     last = tl.minimum(m + BLOCK_M + offset, S)
     acc, row_max, row_sum = forward_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, 0, free, m, b, h, S, offset, scale_log2, seed, threshold,
-        stride_kt, stride_vt, D, WIDTHS, BLOCK_N, False, CHECK_S, DROPOUT, INT64, PRECISION,
+        stride_kt, stride_vt, D, WIDTHS, V_WIDTHS, BLOCK_N, False, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = forward_keys(
         acc, row_max, row_sum, q, k_ptr, v_ptr, free, last, m, b, h, S, offset, scale_log2, seed, threshold,
-        stride_kt, stride_vt, D, WIDTHS, BLOCK_N, True, CHECK_S, DROPOUT, INT64, PRECISION,
+        stride_kt, stride_vt, D, WIDTHS, V_WIDTHS, BLOCK_N, True, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
 
     row_sum = tl.sum(row_sum, 1)
