@@ -26,7 +26,7 @@ test-cuda-build: $(CUDA_VENV)/torch
 	rm -rf $(CUDA_VENV)/source && mkdir $(CUDA_VENV)/source
 	tar -cf - --exclude='*.so' --exclude=_build.json csrc gptkernels model benchmarks tests setup.py pyproject.toml \
 	    README.md | tar -xf - -C $(CUDA_VENV)/source
-	cd $(CUDA_VENV)/source && ../bin/python -m pip install -e . && ../bin/python -m pytest -v tests/test_cuda_build.py
+	cd $(CUDA_VENV)/source && ../bin/python -m pip install -e . && ../bin/python -m pytest -v tests/test_cuda_build.py tests/test_cublaslt.py
 
 $(CUDA_VENV)/torch:
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -1,7 +1,8 @@
-"""`gptkernels tune`: which GEMM runs a GPT's products on this GPU, the kernels here or cuBLAS, by measurement.
+"""`gptkernels tune`: which GEMM runs a GPT's products on this GPU, the kernels here, cuBLAS or cuBLASLt, by measurement.
 
 Opt-in: nothing is timed at any other time. Winners are stored for the device's name (ops/linear/choice.py says where) and
-hold until they are measured again, so one program does the same on every run.
+hold until they are measured again, so one program does the same on every run. What cuBLASLt refuses, or makes other
+numbers of than cuBLAS and a pass, is said and not taken.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gptkernels.ops.linear.choice import by_rule, measurements_file, store_winner
+from gptkernels.ops.linear.choice import GEMMS, by_rule, measurements_file, store_winner
 
-Timer = Callable[[Callable[[], object]], float]
-GEMMS = ("triton", "cublas")
+Outputs = tuple[Tensor, ...]
+Timer = Callable[[Callable[[], Outputs]], float]
 # A winner must be this much faster than what the rule takes: less is noise, which would store another one each time.
 MARGIN = 0.03
 ROUNDS = 5
+# How far two right results are apart at most, by norm: each rounds to 16 bits, bfloat16 by 2^-9 of a number and less.
+AGREEMENT = 2.0**-7
 
 
 def products(width: int, rows: int) -> Iterator[tuple[str, int, int, int]]:
@@ -34,23 +37,66 @@ def products(width: int, rows: int) -> Iterator[tuple[str, int, int, int]]:
     yield "gelu_backward", rows, hidden, width
 
 
-def candidate(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: str, gemm: str) -> Callable[[], object]:
-    """A call that runs the product once, its epilogue included."""
+def candidate(
+    product: str, M: int, N: int, K: int, dtype: torch.dtype, device: str, gemm: str
+) -> Callable[[], Outputs]:
+    """A call that runs the product once, its epilogue included, and returns what it has made."""
     from gptkernels.ops.linear.triton import multiply
     from gptkernels.ops.mlp.triton import gelu_backward, gelu_forward
 
     def make(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device)
+        generator = torch.Generator(device).manual_seed(
+            len(shape) * sum(shape)
+        )  # every candidate's numbers are the same
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
     a, out = make(M, K), make(M, N)
-    if product == "plain":
-        b = make(N, K)
-        return lambda: multiply(a, b, out, b_along_k=True, gemm=gemm)
-    if product == "gelu":
-        b, bias, g = make(N, K), make(N), make(M, N)
-        return lambda: gelu_forward(a, b, bias, out, g, True, gemm)
-    b = make(K, N)
-    return lambda: gelu_backward(a, out, b, True, True, gemm)
+
+    def plain() -> Outputs:
+        multiply(a, b, out, b_along_k=True, gemm=gemm)
+        return (out,)
+
+    def forward() -> Outputs:
+        gelu_forward(a, b, bias, out, g, True, gemm)
+        return out, g
+
+    def backward() -> Outputs:
+        dh, g, sums = gelu_backward(a, out, b, True, True, gemm)
+        return (dh, g) if sums is None else (dh, g, sums)
+
+    if product == "gelu_backward":
+        b = make(K, N)
+        return backward
+    b, bias, g = make(N, K), make(N), make(M, N)
+    return plain if product == "plain" else forward
+
+
+def candidates(product: tuple[str, int, int, int], dtype: torch.dtype, device: str) -> dict[str, Callable[[], Outputs]]:
+    """The GEMMs that can run the product, cuBLASLt with GELU's epilogue alone."""
+    from gptkernels.ops.mlp import cublaslt
+
+    fused = product[0] != "plain" and dtype in cublaslt.TYPES and cublaslt.library() is not None
+    return {gemm: candidate(*product, dtype, device, gemm) for gemm in GEMMS if fused or gemm != "cublaslt"}
+
+
+def objection(calls: dict[str, Callable[[], Outputs]]) -> str | None:
+    """Why cuBLASLt must not be taken: what it says, or the numbers that it makes beside cuBLAS's and a pass's."""
+    try:
+        found = calls["cublaslt"]()
+    except RuntimeError as error:
+        return str(error)
+    apart = [distance(x, y) for x, y in zip(found, calls["cublas"](), strict=True)]
+    if all(each < AGREEMENT for each in apart):  # not so of NaN
+        return None
+    return f"its results are {', '.join(f'{each:.2g}' for each in apart)} of their norm away from cuBLAS's"
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Between two results, by y's norm; between partial sums, of which each GEMM has others, after they are added."""
+    x, y = x.float(), y.float()
+    if x.shape != y.shape:
+        x, y = x.sum(0), y.sum(0)
+    return ((x - y).norm() / y.norm()).item()
 
 
 def winner(times: dict[str, list[float]], rule: str) -> str:
@@ -60,12 +106,9 @@ def winner(times: dict[str, list[float]], rule: str) -> str:
     return best if medians[best] < (1.0 - MARGIN) * medians[rule] else rule
 
 
-def measure(
-    product: tuple[str, int, int, int], dtype: torch.dtype, device: str, timer: Timer
-) -> dict[str, list[float]]:
-    """Seconds of both, taken in turns, so that a drift of the clock meets both."""
-    calls = {gemm: candidate(*product, dtype, device, gemm) for gemm in GEMMS}
-    times: dict[str, list[float]] = {gemm: [] for gemm in GEMMS}
+def measure(calls: dict[str, Callable[[], Outputs]], timer: Timer) -> dict[str, list[float]]:
+    """Seconds of each, taken in turns, so that a drift of the clock meets all."""
+    times: dict[str, list[float]] = {gemm: [] for gemm in calls}
     for _ in range(ROUNDS):
         for gemm, call in calls.items():
             times[gemm].append(timer(call))
@@ -83,11 +126,15 @@ def tune(width: int, rows: int, dtype: torch.dtype, device: str, name: str, time
     """Measure and store each product's winner; a line about each."""
     for product in products(width, rows):
         kind, M, N, K = product
-        times = measure(product, dtype, device, timer)
+        calls = candidates(product, dtype, device)
+        if "cublaslt" in calls and (reason := objection(calls)):
+            yield f"{kind:14} {M:6} x {N:6} x {K:6}  without cublaslt: {reason}"
+            del calls["cublaslt"]
+        times = measure(calls, timer)
         rule = by_rule(*product, dtype, torch.device(device))
         chosen = winner(times, rule)
         store_winner(*product, dtype, name, chosen)
-        figures = "  ".join(f"{gemm} {statistics.median(times[gemm]) * 1e6:8.1f} us" for gemm in GEMMS)
+        figures = "  ".join(f"{gemm} {statistics.median(times[gemm]) * 1e6:8.1f} us" for gemm in calls)
         yield f"{kind:14} {M:6} x {N:6} x {K:6}  {figures}  -> {chosen}" + (
             "" if chosen == rule else "  (not the rule's)"
         )

@@ -117,6 +117,22 @@ def test_triton_products(monkeypatch, dtype, shape, F_width, approximate):
         torch.set_default_device(None)
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, F_width", [((130, 64), 256), ((513, 200), 328), ((7, 24), 40)])
+@pytest.mark.parametrize("b_fc", [True, False])
+def test_cublaslt(monkeypatch, backend, dtype, shape, F_width, b_fc):
+    """NVIDIA's library with its epilogues, which no rule chooses."""
+    for module in ("triton", "cuda"):
+        monkeypatch.setattr(f"gptkernels.ops.mlp.{module}.choose", lambda *_: "cublaslt")
+    monkeypatch.setattr("gptkernels.ops.mlp.cuda.own_products", lambda _: False)
+    torch.set_default_device("cuda")
+    try:
+        check_against_oracle(gelu_mlp, partial(mlp_inputs, shape, F_width, dtype, b_fc=b_fc), backend)
+    finally:
+        torch.set_default_device(None)
+
+
 LARGE = {  # more than 2^31 elements in 16 bits, and the last of them computed alone
     "layer_norm": (lambda x, **kw: layer_norm(x, **kw), (2**21 + 5, 1024)),
     "causal_attention_packed": (causal_attention_packed, (2**10, 1024, 3, 11, 64)),

@@ -8,14 +8,17 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheels for this platform")
 from gptkernels import tune
 from gptkernels.ops.linear import choice
+from gptkernels.ops.mlp import cublaslt
 from model.cli import main
 
 FAST = "Fast GPU"
+GEMMS = "triton", "cublas"  # tests/test_cublaslt.py has the third
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A place of its own for winners, and no memory of others."""
+    """A place of its own for winners, no memory of others, and no cuBLASLt."""
+    monkeypatch.setattr(cublaslt, "library", lambda: None)
     monkeypatch.setenv("GPTKERNELS_CACHE", str(tmp_path / "cache"))
     caches = (choice.measurements, choice.choose)
     for each in caches:
@@ -32,9 +35,9 @@ def tuned(monkeypatch, seconds):
     return list(tune.tune(64, 32, torch.bfloat16, "cuda", FAST, lambda call: call()))
 
 
-@pytest.mark.parametrize("fastest", tune.GEMMS)
+@pytest.mark.parametrize("fastest", GEMMS)
 def test_the_faster_one_is_stored_and_chosen(monkeypatch, cache, fastest):
-    lines = tuned(monkeypatch, {gemm: 1e-3 if gemm == fastest else 2e-3 for gemm in tune.GEMMS})
+    lines = tuned(monkeypatch, {gemm: 1e-3 if gemm == fastest else 2e-3 for gemm in GEMMS})
     assert all(f"-> {fastest}" in line for line in lines)
     stored = json.loads(cache.read_text())[FAST]
     assert len(stored) == len(lines) == 9 and set(stored.values()) == {fastest}
@@ -46,8 +49,8 @@ def test_the_faster_one_is_stored_and_chosen(monkeypatch, cache, fastest):
 
 def test_a_difference_within_the_noise_leaves_the_rule(monkeypatch, cache):
     """So that a second run stores the same."""
-    for faster in tune.GEMMS:
-        tuned(monkeypatch, {gemm: 0.98e-3 if gemm == faster else 1e-3 for gemm in tune.GEMMS})
+    for faster in GEMMS:
+        tuned(monkeypatch, {gemm: 0.98e-3 if gemm == faster else 1e-3 for gemm in GEMMS})
         stored = json.loads(cache.read_text())[FAST]
         assert all(gemm == ("cublas" if name.startswith("plain") else "triton") for name, gemm in stored.items())
 
@@ -59,9 +62,8 @@ def test_the_median_of_calls_taken_in_turns_decides(monkeypatch):
         order.append(call())
         return 1e-3 if order[-1] == "cublas" or len(order) == 1 else 2e-3  # one lucky call of the slower one
 
-    monkeypatch.setattr(tune, "candidate", lambda *arguments: lambda: arguments[-1])
-    times = tune.measure(("plain", 8, 8, 8), torch.bfloat16, "cuda", timer)
-    assert order == [*tune.GEMMS] * tune.ROUNDS
+    times = tune.measure({gemm: lambda gemm=gemm: gemm for gemm in GEMMS}, timer)
+    assert order == [*GEMMS] * tune.ROUNDS
     assert tune.winner(times, "triton") == "cublas"
 
 
@@ -71,7 +73,7 @@ def test_devices_and_earlier_winners_are_kept(cache):
     choice.store_winner("plain", 8, 8, 8, torch.bfloat16, FAST, "triton")
     stored = json.loads(cache.read_text())
     assert stored["Other GPU"] == {"plain bfloat16 8x8x8": "cublas"} and len(stored[FAST]) == 2
-    with pytest.raises(ValueError, match="'triton' or 'cublas'"):
+    with pytest.raises(ValueError, match="triton, cublas, cublaslt, got 'mkl'"):
         choice.store_winner("plain", 8, 8, 8, torch.bfloat16, FAST, "mkl")
 
 
@@ -82,7 +84,7 @@ def test_a_broken_file_is_named(cache):
         choice.measurements()
 
 
-@pytest.mark.parametrize("gemm", tune.GEMMS)
+@pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("product", ["plain", "gelu", "gelu_backward"])
 def test_a_candidate_runs_its_kernels(product, gemm):
     """On the CPU: ours interpreted, cuBLAS's place taken by torch's own product."""

@@ -1,6 +1,9 @@
-"""Which GEMM runs a product of the Triton backend: the kernels here ("triton") or torch's ("cublas"); and of cuda's.
+"""Which GEMM runs a product of the Triton backend: the kernels here ("triton"), torch's ("cublas") with GELU in a pass, or
+cuBLASLt's with GELU in the epilogue ("cublaslt"); and of cuda's.
 
-For Triton a winner measured on this device (`gptkernels tune` stores it) decides; where there is none, a rule does.
+For Triton a winner measured on this device (`gptkernels tune` stores it) decides; where there is none, a rule does, which
+takes one of the first two. cuda leaves products to cuBLAS by a rule alone, and there takes cuBLASLt where that was measured
+to win.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 # cuBLAS, about 8 % of its time: 0.08 * 2K / (220 TFLOP/s) = 2 bytes / (1.4 TB/s) an element on an A100 gives 1960. The
 # backward's epilogue saves twice the bytes. A plain product saves nothing. Reasoned for sm_80, not measured there.
 WIDEST_K = {"plain": 0, "gelu": 2048, "gelu_backward": 4096}
+GEMMS = ("triton", "cublas", "cublaslt")
 # From this compute capability on cuBLAS multiplies by wgmma and is too far ahead for any epilogue. In a step of GPT-2 (124M,
 # 16384 tokens) on an H200, us a layer: gelu 172 by Triton, 164 by cuBLAS and a pass; gelu_backward 279 and 232; two gradients
 # of weights 262 and 175. csrc's mma.sync: 16384 x 768 x 2304 took 166 us, by cuBLAS 93.
@@ -29,12 +33,14 @@ def cublas_is_ahead(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def choose(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
-    """ "triton" or "cublas" for a product (M, K) x (K, N): "plain", with the "gelu" epilogue, or with "gelu_backward"'s."""
+def choose(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, tanh: bool = True) -> str:
+    """One of GEMMS for a product (M, K) x (K, N): "plain", with the "gelu" epilogue, or with "gelu_backward"'s."""
     if device.type != "cuda":
         return "triton"
-    stored = measurements().get(torch.cuda.get_device_name(device), {})
-    return stored.get(key(product, M, N, K, dtype)) or by_rule(product, M, N, K, dtype, device)
+    stored = measurements().get(torch.cuda.get_device_name(device), {}).get(key(product, M, N, K, dtype))
+    if stored == "cublaslt" and not tanh:  # the GELU that it has not
+        stored = None
+    return stored or by_rule(product, M, N, K, dtype, device)
 
 
 def by_rule(product: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -76,12 +82,12 @@ def read_measurements() -> dict[str, dict[str, str]]:
 
 
 def store_winner(product: str, M: int, N: int, K: int, dtype: torch.dtype, device_name: str, winner: str) -> None:
-    """Store a measured winner, "triton" or "cublas"; it holds from now on, in this process too.
+    """Store a measured winner, one of GEMMS; it holds from now on, in this process too.
 
     The file is replaced as a whole: a reader sees the old one or the new one, also when this process is killed.
     """
-    if winner not in ("triton", "cublas"):
-        raise ValueError(f"winner must be 'triton' or 'cublas', got {winner!r}")
+    if winner not in GEMMS:
+        raise ValueError(f"winner must be one of {', '.join(GEMMS)}, got {winner!r}")
     stored = read_measurements()
     stored.setdefault(device_name, {})[key(product, M, N, K, dtype)] = winner
     path = measurements_file()

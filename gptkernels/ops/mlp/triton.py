@@ -5,7 +5,8 @@ Backward: the product dy W_proj leaves dh = (.) * gelu'(h), g again from the sam
 from the forward), and the sums of dh over the tile's rows, whose sums are db_fc; then dW_proj = dy^T g, dW_fc = dh^T x
 and dx = dh W_fc are plain.
 Or, where choose() says so, cuBLAS makes the products and one pass over memory does the rest: forward g from h (the bias
-is in cuBLAS's epilogue), backward dh over the product, g and the sums of dh.
+is in cuBLAS's epilogue), backward dh over the product, g and the sums of dh. Or cuBLASLt does (cublaslt.py), with these
+epilogues of its own but for g in the backward, which stays a pass.
 
 Bytes of a pass: forward 2 N F, backward 4 N F elements; an epilogue saves N F of the first and 2 N F of the second.
 Tiling, loads, determinism: see ops/linear/triton.py. No atomics; every sum is in fixed order.
@@ -39,6 +40,7 @@ from gptkernels.ops.linear.triton import (
     tile_of,
 )
 from gptkernels.ops.linear.triton_tiles import vector
+from gptkernels.ops.mlp import cublaslt
 from gptkernels.triton_launch import Plan
 
 # The tile of a pass over memory without a product: 32 elements a thread.
@@ -303,7 +305,7 @@ def gelu_mlp_forward(
     y, h = x.new_empty(*x.shape), x.new_empty(*x.shape[:-1], F)
     x = as_rows(x)
     g, w_fc = x.new_empty(x.shape[0], F), as_weight(w_fc, dtype)
-    gelu_forward(x, w_fc, b_fc, h, g, tanh, choose("gelu", x.shape[0], F, C, dtype, device))
+    gelu_forward(x, w_fc, b_fc, h, g, tanh, choose("gelu", x.shape[0], F, C, dtype, device, tanh))
     multiply(g, as_weight(w_proj, dtype), y, b_proj, b_along_k=True)
     return y, h
 
@@ -323,9 +325,12 @@ def gelu_plan(size: int, tanh: bool, itemsize: int, device: torch.device) -> Pla
 
 
 def gelu_forward(x: Tensor, w_fc: Tensor, b_fc: Tensor | None, h: Tensor, g: Tensor, tanh: bool, gemm: str) -> None:
-    """h = x W_fc^T + b_fc and g = gelu(h), by the one kernel or by cuBLAS and a pass."""
+    """h = x W_fc^T + b_fc and g = gelu(h), by the one kernel, by cuBLASLt or by cuBLAS and a pass."""
     if gemm == "triton":
         gemm_gelu_plan(tanh, *product_of(x, w_fc, b_along_k=True)).launch(x, w_fc, b_fc, h, g)
+        return
+    if gemm == "cublaslt":
+        cublaslt.gelu(x, w_fc, b_fc, h, g)
         return
     cublas(x, w_fc.t(), b_fc, h)
     gelu_plan(h.numel(), tanh, h.itemsize, h.device).launch(h, g)
@@ -340,7 +345,7 @@ def gelu_mlp_backward(
     db_fc, db_proj = w_fc.new_empty((F if has_b_fc else 0,)), w_proj.new_empty((C if has_b_proj else 0,))
     dy, x = as_rows(dy), as_rows(x)
     h, w_proj = as_rows(h.contiguous()), as_weight(w_proj, x.dtype)
-    gemm = choose("gelu_backward", *h.shape, C, h.dtype, h.device)
+    gemm = choose("gelu_backward", *h.shape, C, h.dtype, h.device, tanh)
     dh, g, sums = gelu_backward(dy, h, w_proj, has_b_fc, tanh, gemm)
     multiply(dy, g, dw_proj, a_along_k=False)
     multiply(dh, x, dw_fc, a_along_k=False)
@@ -380,6 +385,11 @@ def gelu_backward(
         sums = partial_sums(h, plan.constants["BLOCK_M"], has_bias)
         plan.launch(dy, w_proj, h, dh, g, sums)
         return dh, g, sums
+    if gemm == "cublaslt":
+        db = h.new_empty((1, F)) if has_bias else None
+        cublaslt.gelu_backward(dy, h, w_proj, dh, db)
+        gelu_plan(h.numel(), tanh, h.itemsize, h.device).launch(h, g)
+        return dh, g, db
     torch.mm(dy, w_proj, out=dh)
     sums = partial_sums(h, PASS_ROWS, has_bias)
     gelu_backward_plan(M, F, tanh, h.itemsize, int64(F * PASS_M), h.device).launch(dh, h, g, sums)
