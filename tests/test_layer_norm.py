@@ -148,7 +148,7 @@ def test_magnitudes(backend, dtype, scale):
 
     def inputs(seed):
         given = layer_norm_inputs((4, 24), dtype, seed, weight=dtype)
-        factor = min(scale, torch.finfo(dtype).max ** 0.4)  # float16 reaches 65504, and its reference squares in it
+        factor = min(scale, torch.finfo(dtype).max / 16)  # float16 reaches 65504
         given["x"] = (given["x"].detach() * factor).requires_grad_()
         return given
 
@@ -239,6 +239,15 @@ def test_reference_is_pytorchs():
         return F.layer_norm(x + residual, (11,), weight, bias), x + residual
 
     torch.testing.assert_close(found, results(separately, inputs, douts)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_of_16_bit_numbers(dtype):
+    """Far from 0, where float16 has no squares, each rounding of the result is the only one; x is right to the last bit."""
+    x = draw((5, 96), dtype, 3) * 400 + 1000
+    y = layer_norm(x, backend="reference")
+    right = F.layer_norm(x.double(), (96,))
+    assert ((y.double() - right).abs() <= right.abs() * torch.finfo(dtype).eps / 2 + 1e-4).all()
 
 
 x, w = torch.zeros(4, 8), torch.zeros(8)
