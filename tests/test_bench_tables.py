@@ -147,4 +147,3 @@ def test_committed_csv_is_of_the_json_beside_it():
     assert tables and tables.keys() == set(folder.glob("*.csv"))
     for path, result in tables.items():
         assert path.read_text() == csv_text(result), path
-

@@ -188,7 +188,7 @@ def test_several_chunks(backend, dtype, N, C, V, mixed):
 def test_rows_of_a_chunk(width):
     """Whatever the batch and the vocabulary, a chunk's logits are no more than are said to be held, and rows share it."""
     for N in (0, 1, 127, 128, 2048, 2049, 4095, 4097, 16384, 10**7 + 1):
-        rows = chunks.rows_of_a_chunk(N, width)
+        rows = chunks.rows_of_a_chunk(N, width, chunks.CHUNK_LOGITS)
         assert min(N, 1) <= rows <= N and rows * width <= max(103_022_592, 128 * width)
         assert rows == N or rows % 128 == 0
         # No more chunks than needed.

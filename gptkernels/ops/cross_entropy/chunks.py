@@ -10,6 +10,7 @@ that is held of them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -52,12 +53,13 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def rows_of_a_chunk(N: int, width: int) -> int:
+@lru_cache(maxsize=1024)
+def rows_of_a_chunk(N: int, width: int, logits: int) -> int:
     """Rows of every chunk but the last, of N rows of `width` logits: much the same number in each.
 
-    At most CHUNK_LOGITS logits, or TILE rows if even those are more.
+    At most so many logits, or TILE rows if even those are more.
     """
-    most = max(TILE, CHUNK_LOGITS // width // TILE * TILE)
+    most = max(TILE, logits // width // TILE * TILE)
     chunks = max(1, -(-N // most))
     return min(N, round_up(-(-N // chunks), TILE))
 
@@ -98,7 +100,7 @@ def cross_entropy(
     message = f"targets must be in [0, {vocab_size}) or ignore_index {ignore_index}: check the tokens and vocab_size"
     torch._assert_async(fine, message)
     (N, _), width = x.shape, weight.shape[0]
-    rows = rows_of_a_chunk(N, width)
+    rows = rows_of_a_chunk(N, width, CHUNK_LOGITS)
     buffer, columns, whole = x.new_empty(rows, width), weight.t(), rows == N
     losses = []
     scaled = mean and x.dtype != torch.float16
