@@ -1,0 +1,51 @@
+"""The copy of a model whose layers are nn.Linear, and what torchao makes of it."""
+
+import pytest
+import torch
+from test_model import batch, make_reference
+from torch import nn
+
+from model.config import ModelConfig
+from model.fast import FastGPT
+from model.quantise import with_nn_linear
+from model.reference import Linear
+
+CONFIG = ModelConfig(vocab_size=61, context=16, n_layer=2, n_head=2, n_embd=64)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie": False, "bias": True}], ids=str)
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_copy_is_the_model(settings, fast):
+    reference = make_reference(ModelConfig(**{**vars(CONFIG), **settings})).train()
+    model = FastGPT.from_reference(reference) if fast else reference
+    copied = with_nn_linear(model)
+    assert not any(isinstance(module, Linear) for module in copied.modules()) and not copied.training
+    assert sum(isinstance(module, nn.Linear) for module in copied.modules()) == 9
+    assert isinstance(reference.transformer.h[0].mlp.c_fc, Linear) and reference.training
+    assert (copied.lm_head.weight is copied.transformer.wte.weight) == reference.config.tie
+    state = reference.state_dict()
+    assert copied.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[name]) for name, x in copied.state_dict().items())
+    idx, _ = batch(CONFIG)
+    torch.testing.assert_close(copied(idx)[0], reference.eval()(idx)[0])
+    with torch.no_grad():
+        copied.transformer.wte.weight.zero_()
+    assert (
+        torch.equal(reference.state_dict()["transformer.wte.weight"], state["transformer.wte.weight"])
+        and state["transformer.wte.weight"].any()
+    ), "the weights are the copy's own"
+
+
+def test_torchao_quantises_it():
+    """Every layer, to weights of 8 bits, a scale a row: then the logits are off by about a 256th, and not by nothing."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
+    reference = make_reference(CONFIG).eval()
+    copied = with_nn_linear(FastGPT.from_reference(reference))
+    quantization.quantize_(copied, quantization.Int8WeightOnlyConfig())
+    kinds = [type(module.weight) for module in copied.modules() if isinstance(module, nn.Linear)]
+    assert len(kinds) == 9 and nn.Parameter not in kinds
+    assert type(copied.transformer.wte.weight) is nn.Parameter
+    idx, _ = batch(CONFIG)
+    with torch.no_grad():
+        right, found = reference(idx)[0], copied(idx)[0]
+    assert 1e-5 < (found - right).norm() / right.norm() < 2e-2
