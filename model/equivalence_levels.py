@@ -134,14 +134,17 @@ def compare_step(
 
 
 def greedy(model: Model, prompt: Tensor, tokens: int, dtype: torch.dtype, choose: Choice = as_it_is) -> list[int]:
-    """The likeliest tokens one after the other, as the model itself goes on."""
-    ours = isinstance(model, FastGPT)
+    """The likeliest tokens one after the other, as the model itself goes on: ours by keeping keys and values.
+
+    Where other operators are put in the place of ours it is every token's whole forward that calls them.
+    """
+    other = isinstance(model, FastGPT) and choose is not as_it_is
     bf16 = dtype is torch.bfloat16 and next(model.parameters()).dtype is torch.float32
     with (
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
-        tapped(forward_sites(model.config, with_loss=False), choose) if ours else nullcontext(),
+        tapped(forward_sites(model.config, with_loss=False), choose) if other else nullcontext(),
     ):
-        return list(generate(model, prompt, tokens, temperature=0.0))
+        return list(generate(model, prompt, tokens, temperature=0.0, keep=not other))
 
 
 @torch.no_grad()

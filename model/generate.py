@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from model.fast import Model
+from model.cached import CachedGPT
+from model.fast import FastGPT, Model
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -47,17 +48,27 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     vocabulary: int | None = None,
+    keep: bool = True,
 ) -> Iterator[int]:
     """Yield `tokens` new tokens after the prompt (T,) int64; the model sees the last `context` of all.
 
     vocabulary is how many tokens have a meaning: a head padded beyond them is never asked for the rest. The same model,
-    prompt, settings and seed give the same tokens. The model is in eval mode while it is asked.
+    prompt, settings and seed give the same tokens. The model is in eval mode while it is asked. keep lets a FastGPT, but no
+    subclass, whose attention may be another, keep keys and values (model/cached.py); False computes all of them each time.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
         raise ValueError("the prompt must hold at least one token, got none: give a character to start from")
     rng = torch.Generator().manual_seed(seed)
-    return sample_tokens(model, prompt, tokens, vocabulary, (temperature, top_k, top_p), rng)
+    return sample_tokens(model, prompt, tokens, vocabulary, (temperature, top_k, top_p), rng, keep)
+
+
+def logits_after(model: Model, keep: bool) -> Callable[[Tensor], Tensor]:
+    """A function from tokens (T,) to the logits (words,) of the next one."""
+    # Sharded by FSDP a model is of another class, and the parameters are there in its own forward alone.
+    if keep and type(model) is FastGPT:
+        return CachedGPT(model).after
+    return lambda tokens: model(tokens[None])[0][0, -1]
 
 
 def sample_tokens(
@@ -67,16 +78,18 @@ def sample_tokens(
     vocabulary: int | None,
     sampling: tuple[float, int, float],
     rng: torch.Generator,
+    keep: bool,
 ) -> Iterator[int]:
     """The loop of `generate`."""
     window = prompt[-model.config.context :]
     training = model.training
     model.eval()
+    after = logits_after(model, keep)
     try:
         for _ in range(tokens):
             with torch.no_grad():  # entered anew each time: a generator must not leave it on while suspended
-                logits, _ = model(window[None])
-            probabilities = next_token_probabilities(logits[0, -1, :vocabulary].float().cpu(), *sampling)
+                logits = after(window)[:vocabulary]
+            probabilities = next_token_probabilities(logits.float().cpu(), *sampling)
             token = torch.multinomial(probabilities, 1, generator=rng)
             window = torch.cat((window, token.to(window.device)))[-model.config.context :]
             yield int(token)
