@@ -44,6 +44,11 @@ from model.usage import Parser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT = "shakespeare-cpu"
+# Settings of a training that would change nothing here, and what does.
+ELSEWHERE = {
+    **{key: f"check takes it as --{key}" for key in ("backend", "dtype", "seed", "steps")},
+    **dict.fromkeys(("model", "device", "compile"), "check compares both models, on the CPU, as they are written"),
+}
 # From so many parameters on a level takes minutes, and each is announced.
 SLOW_PARAMETERS = 10_000_000
 
@@ -101,6 +106,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--steps must not be negative, got {args.steps}")
     if args.band < 1:
         parser.error(f"--band must be at least 1, got {args.band}")
+    for word in words:
+        key = word.partition("=")[0].removeprefix("train.")
+        if "=" in word and key in ELSEWHERE:
+            parser.error(f"{word}: {ELSEWHERE[key]}")
     if args.sabotage and (words or args.bisect or args.report or args.dtype != "fp32"):
         parser.error("--sabotage has its own model, in fp32, and bisects each bug: it goes with --backend alone")
     args.name = names[0] if names else DEFAULT

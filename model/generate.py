@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ def generate(
     """Yield `tokens` new tokens after the prompt (T,) int64; the model sees the last `context` of all.
 
     vocabulary is how many tokens have a meaning: a head padded beyond them is never asked for the rest. The same model,
-    prompt, settings and seed give the same tokens. The model is in eval mode while it is asked. keep lets a FastGPT, but no
-    subclass, whose attention may be another, keep keys and values (model/cached.py); False computes all of them each time.
+    prompt, settings and seed give the same tokens. The model is in eval mode while it is asked. keep lets a FastGPT keep keys
+    and values (model/cached.py), but none with other methods or hooks of its own; False computes all of them each time.
     """
     check_sampling(temperature, top_k, top_p)
     if len(prompt) == 0:
@@ -65,10 +66,15 @@ def generate(
 
 def logits_after(model: Model, keep: bool) -> Callable[[Tensor], Tensor]:
     """A function from tokens (T,) to the logits (words,) of the next one."""
-    # Sharded by FSDP a model is of another class, and the parameters are there in its own forward alone.
-    if keep and type(model) is FastGPT:
+    if keep and as_written(model):
         return CachedGPT(model).after
     return lambda tokens: model(tokens[None])[0][0, -1]
+
+
+def as_written(model: Model) -> TypeGuard[FastGPT]:
+    """Whether a model computes what FastGPT says: no subclass, as FSDP makes too, no method of the object's own, no hook."""
+    changed = any(callable(getattr(FastGPT, name, None)) for name in vars(model))
+    return type(model) is FastGPT and not changed and not model._forward_hooks and not model._forward_pre_hooks
 
 
 def sample_tokens(
@@ -83,9 +89,9 @@ def sample_tokens(
     """The loop of `generate`."""
     window = prompt[-model.config.context :]
     training = model.training
-    model.eval()
-    after = logits_after(model, keep)
     try:
+        model.eval()
+        after = logits_after(model, keep)
         for _ in range(tokens):
             with torch.no_grad():  # entered anew each time: a generator must not leave it on while suspended
                 logits = after(window)[:vocabulary]

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from model.fast import FastGPT, Model
 from model.reference import GPT, Linear
@@ -14,9 +15,14 @@ from model.reference import GPT, Linear
 def with_nn_linear(model: Model) -> GPT:
     """A copy of the model in eval mode, in plain PyTorch, each linear layer an nn.Linear with the same weights and name.
 
-    Its state_dict is the model's; a head that is tied to the embeddings is so until a tool gives it weights of its own.
+    Its state_dict is the model's; a head that is tied to the embeddings is so until a tool gives it weights of its own. Raises ValueError for LoRA that is not merged.
     """
+    if any(parametrize.is_parametrized(layer) for layer in model.modules()):
+        raise ValueError(
+            "a model with LoRA must be merged first, got one that is not: model.lora.merge_lora does, and load_model"
+        )
     copied = copy.deepcopy(model.to_reference() if isinstance(model, FastGPT) else model)
+    copied.zero_grad()
     for module in list(copied.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, Linear):

@@ -77,13 +77,55 @@ def test_new_tokens_are_computed_alone():
 def test_a_call_that_is_broken_off_leaves_nothing(monkeypatch):
     model, text = make(), tokens(6)
     kept = CachedGPT(model)
-    right = kept.after(text)
     kept.after(tokens(5, 1))
     with monkeypatch.context() as broken:
         broken.setattr(CachedGPT, "think", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             kept.after(text[:5])
-    torch.testing.assert_close(kept.after(text), right)
+    for each in (torch.cat((tokens(5, 1), text[:1])), text):
+        torch.testing.assert_close(kept.after(each), CachedGPT(model).after(each))
+
+
+def test_what_changes_between_tokens_is_noticed():
+    """Autocast, inference mode, the weights' dtype and the weights, and a text that is changed in place."""
+    model, text = make(pos="sinusoidal"), tokens(8)
+    kept = CachedGPT(model)
+
+    def check():
+        for T in (3, 4):
+            torch.testing.assert_close(kept.after(text[:T]), CachedGPT(model).after(text[:T]))
+
+    check()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check()
+    with torch.inference_mode():
+        check()
+    kept.after(text[:3])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+        model.transformer.h[0].attn.c_attn.weight.neg_()
+    check()
+    kept.after(text[:3])
+    text[0] = (text[0] + 1) % 23
+    check()
+    model.bfloat16()
+    check()
+
+
+def test_unknown_tokens_are_named():
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 23\), got 99"):
+        next(generate(make(), torch.tensor([1, 99]), 3))
+
+
+def test_methods_and_hooks_of_an_object_are_called():
+    model, calls = make(), []
+    model.attend = lambda attn, h, layer, seed: calls.append(layer) or torch.zeros_like(h)
+    list(generate(model, tokens(3), 2))
+    assert calls == [0, 1, 0, 1]
+    model = make()
+    model.register_forward_hook(lambda *_: calls.append("hook"))
+    list(generate(model, tokens(3), 2))
+    assert calls[4:] == ["hook", "hook"]
 
 
 def test_generate_keeps_what_it_can():

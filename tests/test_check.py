@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,9 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
         (["tiny", "shakespeare-cpu"], "one preset, run or file, got tiny and shakespeare-cpu"),
         (["tiny", "--steps", "-1"], "--steps must not be negative"),
         (["tiny", "--band", "0"], "--band must be at least 1"),
+        (["tiny", "backend=simt"], "backend=simt: check takes it as --backend"),
+        (["tiny", "train.dtype=bf16"], "train.dtype=bf16: check takes it as --dtype"),
+        (["tiny", "model=reference"], "model=reference: check compares both models, on the CPU"),
         (["tiny", "--backend", "magic"], "backend must be one of auto"),
         (["tiny", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["tiny", "--frobnicate"], "unknown option --frobnicate"),
@@ -254,3 +258,18 @@ def test_a_long_check_says_where_it_is(capsys):
     assert lines[4:] == [*(f"training of 2 steps: {run}" for run in runs), "greedy text"]
     compare_all(what, **settings, say=Whereabouts(3600.0))
     assert capsys.readouterr().err == ""
+
+
+def test_a_changed_model_is_told_where_its_calls_are_listed(monkeypatch, capsys):
+    """As with an attention of plain PyTorch in the place of the operator."""
+
+    def attend(self, attn, h, layer, seed):
+        B, T, C = h.shape
+        qkv = fast.linear(h, attn.c_attn.weight, attn.c_attn.bias).view(B, T, 3, self.config.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return fast.linear(out.transpose(1, 2).reshape(B, T, C), attn.c_proj.weight, attn.c_proj.bias)
+
+    monkeypatch.setattr(fast.FastGPT, "attend", attend)
+    assert cli.main(["check", "tiny", "--steps", "0"]) == 2
+    assert re.search(r"expects h\.0\.attn \(causal_attention_packed\).*block_sites", capsys.readouterr().err)

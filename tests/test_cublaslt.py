@@ -43,10 +43,13 @@ def library(stand_in, monkeypatch):
     """In the place of torch's, and the products of both backends left to it where they ask."""
     cublaslt.handle.cache_clear()
     monkeypatch.setattr(cublaslt, "library", lambda: stand_in)
+    made, multiply = [], cublaslt.multiply
+    monkeypatch.setattr(cublaslt, "multiply", lambda *arguments: made.append(arguments) or multiply(*arguments))
     for module in (triton_operators, cuda_operators):
         monkeypatch.setattr(module, "choose", lambda *_: "cublaslt")
     monkeypatch.setattr(cuda_operators, "own_products", lambda x: False)
-    yield stand_in
+    yield made
+    assert made, "nothing was asked of the library"
     cublaslt.handle.cache_clear()
 
 
@@ -68,6 +71,19 @@ def test_float32_weights(library, dtype):
 
 
 @compiled
+def test_sums_for_float32_biases_are_not_rounded_to_16_bits(library):
+    """The library's would be infinite in float16: 256 rows of 40 times a slope and a weight."""
+    inputs = mlp_inputs((256, 16), 8, torch.float16, weight_dtype=torch.float32)
+    inputs["b_fc"] = torch.full((8,), 4.0, requires_grad=True)
+    y = gelu_mlp(**inputs, backend="triton")
+    (db,) = torch.autograd.grad(y, inputs["b_fc"], torch.full_like(y, 40.0))
+    right = gelu_mlp(**{name: t.double() for name, t in inputs.items()}, backend="reference")
+    (wanted,) = torch.autograd.grad(right, inputs["b_fc"], torch.full_like(right, 40.0))
+    assert wanted.abs().max() > 65504
+    torch.testing.assert_close(db, wanted, rtol=2e-3, atol=2e-3 * wanted.abs().max().item())
+
+
+@compiled
 def test_misaligned_factors_are_copied(library):
     """The library refuses a pointer off 16 bytes; sums of one chain agree to the bit with those of aligned factors."""
     dtype, x, w, h, g = (
@@ -85,7 +101,9 @@ def test_misaligned_factors_are_copied(library):
 @compiled
 def test_what_the_library_refuses_is_said(library):
     x, w, h, g = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 8), (12, 8), (4, 12), (4, 12)))
-    with pytest.raises(RuntimeError, match="cublasLtMatmul of cuBLASLt failed: invalid value"):
+    with pytest.raises(
+        RuntimeError, match=r"cublasLtMatmul of cuBLASLt failed \(invalid value\).*run `gptkernels tune` again"
+    ):
         cublaslt.gelu(x, w, None, h, g)  # rows of h must be multiples of 8
 
 
@@ -157,15 +175,19 @@ def test_tune_takes_it_where_it_wins_and_agrees(library, cache, monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("wrong", ["numbers", "NaN", "refused"])
+@pytest.mark.parametrize("wrong", ["a row", "NaN", "ReLU", "refused"])
 def test_tune_leaves_what_is_wrong(library, cache, monkeypatch, wrong):
     right = cublaslt.multiply
 
     def multiply(weight, along_k, x, out, h, epilogue, bias):
         if wrong == "refused":
+            library.append(wrong)
             raise RuntimeError("cublasLtMatmul of cuBLASLt failed: not supported")
         right(weight, along_k, x, out, h, epilogue, bias)
-        out[1:3] = out[0] if wrong == "numbers" else float("nan")
+        if wrong == "ReLU":
+            out.copy_(h.relu() if along_k else out * (h > 0))
+        else:
+            out[-1] = out[0] if wrong == "a row" else float("nan")
 
     monkeypatch.setattr(cublaslt, "multiply", multiply)
     seconds = iter([2e-3, 1e-3] * 1000)

@@ -5,8 +5,9 @@ import torch
 from test_model import batch, make_reference
 from torch import nn
 
-from model.config import ModelConfig
+from model.config import LoraConfig, ModelConfig
 from model.fast import FastGPT
+from model.lora import add_lora, merge_lora
 from model.quantise import with_nn_linear
 from model.reference import Linear
 
@@ -34,6 +35,16 @@ def test_the_copy_is_the_model(settings, fast):
         torch.equal(reference.state_dict()["transformer.wte.weight"], state["transformer.wte.weight"])
         and state["transformer.wte.weight"].any()
     ), "the weights are the copy's own"
+
+
+def test_lora_must_be_merged():
+    reference = make_reference(CONFIG)
+    add_lora(reference, LoraConfig(rank=2))
+    with pytest.raises(ValueError, match="must be merged first"):
+        with_nn_linear(reference)
+    merge_lora(reference)
+    idx, _ = batch(CONFIG)
+    torch.testing.assert_close(with_nn_linear(reference)(idx)[0], reference.eval()(idx)[0])
 
 
 def test_torchao_quantises_it():

@@ -29,12 +29,14 @@ from torch import Tensor
 BIAS, BIAS_GRADIENT, GELU_LEAVING_H, GELU_GRADIENT = 4, 16, 32 + 128, 64 + 128
 # Attributes of a product: transposition of its first factor, epilogue, bias, h and h's distance between rows.
 TRANSPOSED, EPILOGUE, BIAS_POINTER, H_POINTER, H_STRIDE = 3, 7, 8, 11, 12
-COMPUTE_32F, FLOAT = 68, 0
+COMPUTE_32F, FLOAT, MOST_WORKSPACE = 68, 0, 1
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
-# What NVIDIA advises from Hopper on.
+# What NVIDIA advises from Hopper on; it must be asked for, the default is none.
 WORKSPACE_BYTES = 32 << 20
 # What cuBLASLt takes pointers to be multiples of, unless told.
 ALIGNMENT = 256
+
+REMEDY = "run `gptkernels tune` again, or delete its file"
 
 SIGNATURES = {
     "cublasLtCreate": (c_void_p,),
@@ -43,6 +45,10 @@ SIGNATURES = {
     "cublasLtMatmulDescSetAttribute": (c_void_p, c_int, c_void_p, c_size_t),
     "cublasLtMatrixLayoutCreate": (c_void_p, c_int, c_uint64, c_uint64, c_int64),
     "cublasLtMatrixLayoutDestroy": (c_void_p,),
+    "cublasLtMatmulPreferenceCreate": (c_void_p,),
+    "cublasLtMatmulPreferenceDestroy": (c_void_p,),
+    "cublasLtMatmulPreferenceSetAttribute": (c_void_p, c_int, c_void_p, c_size_t),
+    "cublasLtMatmulAlgoGetHeuristic": (*7 * (c_void_p,), c_int, c_void_p, c_void_p),
     "cublasLtMatmul": (*14 * (c_void_p,), c_size_t, c_void_p),
 }
 
@@ -58,6 +64,18 @@ def library() -> Any:
         return None
 
 
+class Found(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t: an algorithm, and what it needs."""
+
+    _fields_ = (
+        ("algorithm", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
 def declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """The library, whose functions know what they take."""
     for name, types in SIGNATURES.items():
@@ -70,11 +88,10 @@ def call(function: str, *arguments: Any) -> None:
     """Call a function of the library; RuntimeError with its own words where it fails."""
     found = library()
     if found is None:
-        raise RuntimeError(
-            "torch brings no cuBLASLt here, which a stored measurement asks for: run `gptkernels tune` again"
-        )
+        raise RuntimeError(f"torch brings no cuBLASLt here, which a measurement asks for: {REMEDY}")
     if status := getattr(found, function)(*arguments):
-        raise RuntimeError(f"{function} of cuBLASLt failed: {found.cublasLtGetStatusString(status).decode()}")
+        reason = found.cublasLtGetStatusString(status).decode()
+        raise RuntimeError(f"{function} of cuBLASLt failed ({reason}), which a measurement asks for: {REMEDY}")
 
 
 @cache
@@ -87,7 +104,7 @@ def handle(device: torch.device) -> c_void_p:
 
 @contextmanager
 def described(kind: str, *arguments: int) -> Iterator[c_void_p]:
-    """A descriptor of a product ("MatmulDesc") or of a matrix ("MatrixLayout"), for as long as it is needed."""
+    """A "MatmulDesc", "MatrixLayout" or "MatmulPreference", for as long as it is needed."""
     made = c_void_p()
     call(f"cublasLt{kind}Create", byref(made), *arguments)
     try:
@@ -114,7 +131,6 @@ def multiply(
     }  # fmt: skip
     if bias is not None:
         attributes[BIAS_POINTER] = c_void_p(bias.data_ptr())
-    workspace = torch.empty(WORKSPACE_BYTES if x.is_cuda else 0, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     with (
         torch.cuda.device(x.device) if x.is_cuda else nullcontext(),
@@ -122,13 +138,23 @@ def multiply(
         described("MatrixLayout", kind, weight.shape[1], weight.shape[0], weight.shape[1]) as a,
         described("MatrixLayout", kind, K, M, K) as b,
         described("MatrixLayout", kind, N, M, N) as d,
+        described("MatmulPreference") as preference,
     ):
         for attribute, value in attributes.items():
             call("cublasLtMatmulDescSetAttribute", product, attribute, byref(value), ctypes.sizeof(value))
         pointers = weight.data_ptr(), a, x.data_ptr(), b, byref(c_float(0.0)), out.data_ptr(), d, out.data_ptr(), d
-        # No algorithm is named: the library takes what its own heuristics say.
+        most, found, count = c_uint64(WORKSPACE_BYTES), Found(), c_int()
+        call("cublasLtMatmulPreferenceSetAttribute", preference, MOST_WORKSPACE, byref(most), ctypes.sizeof(most))
+        # The library remembers what it has found for a shape.
         call(
-            "cublasLtMatmul", handle(x.device), product, byref(c_float(1.0)), *pointers, None,
+            "cublasLtMatmulAlgoGetHeuristic", handle(x.device), product, a, b, d, d, preference, 1, byref(found),
+            byref(count),
+        )  # fmt: skip
+        if count.value == 0:
+            raise RuntimeError(f"cuBLASLt has no product for {M} x {N} x {K}, which a measurement asks for: {REMEDY}")
+        workspace = torch.empty(found.workspace, dtype=torch.uint8, device=x.device)
+        call(
+            "cublasLtMatmul", handle(x.device), product, byref(c_float(1.0)), *pointers, byref(found),
             workspace.data_ptr(), workspace.numel(), stream,
         )  # fmt: skip
 

@@ -37,9 +37,10 @@ def gelu_mlp_backward(
         return KERNELS.gelu_mlp_backward(dy, x, h, w_fc, w_proj, has_b_fc, has_b_proj, tanh)
     dy_rows, x_rows, h_rows = rows(dy), rows(x), rows(h)
     if choose("gelu_backward", *h_rows.shape, dy_rows.shape[1], x.dtype, x.device, tanh) == "cublaslt":
-        dh, db = torch.empty_like(h_rows), h_rows.new_empty((len(w_fc),)) if has_b_fc else None
-        cublaslt.gelu_backward(dy_rows, h_rows, w_proj.to(x.dtype), dh, db)
-        g, db_fc = KERNELS.gelu(h_rows, tanh), w_fc.new_empty((0,)) if db is None else db.to(w_fc.dtype)
+        dh, g, wider = torch.empty_like(h_rows), KERNELS.gelu(h_rows, tanh), w_fc.dtype != x.dtype
+        sums = h_rows.new_empty((len(w_fc),)) if has_b_fc and not wider else None
+        cublaslt.gelu_backward(dy_rows, h_rows, w_proj.to(x.dtype), dh, sums)
+        db_fc = bias_gradient(dh, w_fc, has_b_fc) if sums is None else sums  # the library's are in dh's dtype
     else:
         dh = torch.mm(dy_rows, w_proj.to(x.dtype))
         g, db_fc = KERNELS.gelu_backward(dh, h_rows, w_fc, tanh, has_b_fc)

@@ -8,8 +8,8 @@ Or, where choose() says so, cuBLAS makes the products and one pass over memory d
 is in cuBLAS's epilogue), backward dh over the product, g and the sums of dh. Or cuBLASLt does (cublaslt.py), with these
 epilogues of its own but for g in the backward, which stays a pass.
 
-Bytes of a pass: forward 2 N F, backward 4 N F elements; an epilogue saves N F of the first and 2 N F of the second.
-Tiling, loads, determinism: see ops/linear/triton.py. No atomics; every sum is in fixed order.
+Bytes of a pass: forward 2 N F, backward 4 N F elements; an epilogue saves N F and 2 N F.
+Tiling, loads, determinism: see ops/linear/triton.py.
 """
 
 from __future__ import annotations
@@ -269,19 +269,9 @@ def gelu_kernel(h_ptr, g_ptr, size, TANH: tl.constexpr, VECTOR: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["M", "N"])
 def gelu_backward_kernel(
-    dh_ptr,
-    h_ptr,
-    g_ptr,
-    sums_ptr,
-    M,
-    N,
-    TANH: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INT64: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dh_ptr, h_ptr, g_ptr, sums_ptr, M, N, TANH: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """dh *= gelu'(h) where the product lies, g = gelu(h), and the column sums of ROWS rows of dh (or None)."""
     first, col = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK_N
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -346,7 +336,7 @@ def gelu_mlp_backward(
     dy, x = as_rows(dy), as_rows(x)
     h, w_proj = as_rows(h.contiguous()), as_weight(w_proj, x.dtype)
     gemm = choose("gelu_backward", *h.shape, C, h.dtype, h.device, tanh)
-    dh, g, sums = gelu_backward(dy, h, w_proj, has_b_fc, tanh, gemm)
+    dh, g, sums = gelu_backward(dy, h, w_proj, has_b_fc, tanh, gemm, w_fc.dtype)
     multiply(dy, g, dw_proj, a_along_k=False)
     multiply(dh, x, dw_fc, a_along_k=False)
     multiply(dh, as_weight(w_fc, x.dtype), dx)
@@ -375,7 +365,7 @@ def gelu_backward_plan(M: int, F: int, tanh: bool, itemsize: int, wide: bool, de
 
 
 def gelu_backward(
-    dy: Tensor, h: Tensor, w_proj: Tensor, has_bias: bool, tanh: bool, gemm: str
+    dy: Tensor, h: Tensor, w_proj: Tensor, has_bias: bool, tanh: bool, gemm: str, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dh = (dy W_proj) * gelu'(h), g = gelu(h), and sums of dh over blocks of rows, if there is a bias to want them."""
     M, F = h.shape
@@ -386,10 +376,11 @@ def gelu_backward(
         plan.launch(dy, w_proj, h, dh, g, sums)
         return dh, g, sums
     if gemm == "cublaslt":
-        db = h.new_empty((1, F)) if has_bias else None
-        cublaslt.gelu_backward(dy, h, w_proj, dh, db)
+        # Its sums are in dh's dtype; wider ones are made of dh itself.
+        sums = h.new_empty((1, F)) if has_bias and bias_dtype == h.dtype else None
+        cublaslt.gelu_backward(dy, h, w_proj, dh, sums)
         gelu_plan(h.numel(), tanh, h.itemsize, h.device).launch(h, g)
-        return dh, g, db
+        return dh, g, dh if has_bias and sums is None else sums
     torch.mm(dy, w_proj, out=dh)
     sums = partial_sums(h, PASS_ROWS, has_bias)
     gelu_backward_plan(M, F, tanh, h.itemsize, int64(F * PASS_M), h.device).launch(dh, h, g, sums)
