@@ -15,7 +15,8 @@ from model.reference import GPT, Linear
 def with_nn_linear(model: Model) -> GPT:
     """A copy of the model in eval mode, in plain PyTorch, each linear layer an nn.Linear with the same weights and name.
 
-    Its state_dict is the model's; a head that is tied to the embeddings is so until a tool gives it weights of its own. Raises ValueError for LoRA that is not merged.
+    Its state_dict is the model's; a head that is tied to the embeddings is so until a tool gives it weights of its own.
+    Raises ValueError for LoRA that is not merged.
     """
     if any(parametrize.is_parametrized(layer) for layer in model.modules()):
         raise ValueError(
