@@ -87,8 +87,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="backend of ours; auto is the fastest on a CPU, and a column each of triton and cuda on a GPU",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default torch's choice)")
-    parser.add_argument("--rounds", type=int, default=0, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's choice)")
+    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument(
         "--budget",
         type=float,
@@ -152,8 +152,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         for name in args.names:
             if name not in known:
                 parser.error(f"bench {args.command} has no {name!r}: choose {', '.join(known)}")
-    if args.threads < 0 or args.rounds < 0 or (args.budget is not None and args.budget <= 0):
-        parser.error("--threads and --rounds must not be negative and --budget must be positive")
+    for name in ("threads", "rounds", "budget"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be positive, got {value}: leave it out for the default")
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out must end in .json, got {args.out}: the same figures as CSV are written beside it")
 
@@ -186,7 +188,10 @@ def main(argv: Sequence[str]) -> int:
 
 def read_result(file: Path) -> dict:
     """A file that `bench table` takes; ValueError for any other."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no text
+        content = None
     known = isinstance(content, dict) and (content.get("command") in ("bench", "check") or "train_seconds" in content)
     if not known:
         raise ValueError(f"{file} must be JSON of bench --out, of check, or a run's result.json, got something else")

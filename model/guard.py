@@ -66,6 +66,9 @@ def failure(learner: Learner, step: int, x: Tensor, y: Tensor, loss: float, norm
     learner.optimizer.zero_grad(set_to_none=True)
     learner.gradients(step, x, y)
     found = first_non_finite(learner.model)
+    if not found:
+        forward = "no weight or gradient, only the forward"
+        found = "no value, only the gradients' norm, whose squares overflow float32" if math.isfinite(loss) else forward
     learner.optimizer.zero_grad(set_to_none=True)
     remedy = "Lower lr or lengthen warmup"
     if learner.config.train.dtype != "fp32":
@@ -76,10 +79,10 @@ def failure(learner: Learner, step: int, x: Tensor, y: Tensor, loss: float, norm
 
 
 def first_non_finite(model: torch.nn.Module) -> str:
-    """Which tensor went wrong first, in the order of the model: a weight, else a gradient."""
+    """Which tensor went wrong first, in the order of the model: a weight, else a gradient; empty if none did."""
     named = list(model.named_parameters())
     tensors = [(name, p) for name, p in named] + [(f"the gradient of {name}", p.grad) for name, p in named]
     for name, tensor in tensors:
         if tensor is not None and (bad := int((~tensor.isfinite()).sum())):
             return f"{name} ({bad} of {tensor.numel()} values)"
-    return "no weight or gradient, only the forward"
+    return ""

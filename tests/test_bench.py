@@ -371,6 +371,8 @@ def test_pytest_benchmark_suite_saves_and_compares(tmp_path):
         ("ops", "softmax"),
         ("scaling", "depth"),
         ("train", "--rounds", "-1"),
+        ("train", "--rounds", "0"),
+        ("ops", "--threads", "0"),
         ("ops", "--budget", "0"),
         ("ops", "--out", "x.csv"),
         ("ops", "--out", "results"),

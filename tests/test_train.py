@@ -240,6 +240,15 @@ def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
     assert not (tmp_path / "a" / LAST).exists()
 
 
+def test_a_gradient_norm_that_overflows_is_told_from_a_broken_forward(settings, tmp_path):
+    state = training.prepare(chosen(settings), tmp_path)
+    state.model.transformer.h[0].attn.c_proj.bias.register_hook(lambda gradient: gradient * 1e30)
+    with pytest.raises(
+        RuntimeError, match="not finite first: no value, only the gradients' norm, whose squares overflow"
+    ):
+        training.timed_step(state)
+
+
 def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, tmp_path):
     state = training.prepare(chosen(settings), tmp_path)
     weight = state.model.transformer.h[0].attn.c_proj.bias

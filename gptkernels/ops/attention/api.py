@@ -44,7 +44,8 @@ def causal_attention(
     Raises:
         ValueError: shapes, devices, dropout_p or seed. TypeError: dtypes. RuntimeError: the backend cannot run here.
     Numerics: scores, softmax and sums in fp32. Saved for the backward: the inputs, out, and two fp32 numbers a row. The
-        gradients do not depend on the number of threads.
+        gradients do not depend on the number of threads. A row whose scores are all -inf is 0 in the kernels, as in
+        scaled_dot_product_attention, and NaN in the reference.
     Source: Vaswani et al. 2017, arXiv 1706.03762; tiling of Dao et al. 2022, arXiv 2205.14135, and 2023, arXiv 2307.08691.
     """
     check(q, k, v)

@@ -59,7 +59,8 @@ def layer_norm(
     Raises:
         ValueError: shapes, devices or eps. TypeError: dtypes. RuntimeError: the backend cannot run here.
     Numerics: mean and variance in fp32, two passes over the row (never E[s^2] - E[s]^2); dweight and dbias are summed in
-        an order that depends on the shape alone. Inputs that are not contiguous are copied first.
+        an order that depends on the shape alone. Inputs that are not contiguous are copied first. Where the variance
+        overflows float32 (from |s| of about 1e19 on), a row is its bias (F.layer_norm: that or NaN).
     Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
     """
     check(x, weight, bias, eps, residual)
