@@ -20,7 +20,7 @@ from benchmarks.ops import OPS, bench_ops
 from benchmarks.options import Options
 from benchmarks.scaling import AXES, bench_scaling
 from benchmarks.scaling import line as scaling_line
-from benchmarks.tables import case_text, machine_line
+from benchmarks.tables import case_text, machine_line, read_object
 from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
 from gptkernels.backend import BACKENDS
@@ -188,13 +188,10 @@ def main(argv: Sequence[str]) -> int:
 
 def read_result(file: Path) -> dict:
     """A file that `bench table` takes; ValueError for any other."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no text
-        content = None
-    known = isinstance(content, dict) and (content.get("command") in ("bench", "check") or "train_seconds" in content)
-    if not known:
-        raise ValueError(f"{file} must be JSON of bench --out, of check, or a run's result.json, got something else")
+    wanted = "JSON of bench --out, of check, or a run's result.json"
+    content = read_object(file, wanted)
+    if content.get("command") not in ("bench", "check") and "train_seconds" not in content:
+        raise ValueError(f"{file} must be {wanted}, got something else")
     return content
 
 

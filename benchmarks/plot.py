@@ -6,13 +6,12 @@ the same results give the same file.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.op import DTYPES
-from benchmarks.tables import NAMES, figures_of, loses, our_columns, ratio
+from benchmarks.tables import NAMES, figures_of, loses, our_columns, ratio, read_object
 
 try:
     import matplotlib
@@ -37,6 +36,9 @@ COLOURS = {
     "bare gemms": "#000000",
 }
 MARKERS = {"attention": "o", "layer_norm": "s", "mlp": "^", "linear": "v", "cross_entropy": "D"}
+WANTED = (
+    "a result of bench ops, train or scaling --out with a case in it, or the result.json of a run that was evaluated"
+)
 # An operator, a column, FLOPs a byte and GFLOP/s; what was done, the other column, and its time over ours.
 Point = tuple[str, str, float, float]
 Bar = tuple[str, str, float]
@@ -60,15 +62,12 @@ def plot(files: Sequence[Path], folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     runs: list[tuple[Path, Mapping]] = []
     for file in files:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_object(file, WANTED)
         if result.get("evaluations"):
             runs.append((file, result))
             continue
         if result.get("command") != "bench" or not result.get("cases"):
-            raise ValueError(
-                f"{file} must be a result of bench ops, train or scaling --out with a case in it, or the result.json of a "
-                "run that was evaluated"
-            )
+            raise ValueError(f"{file} must be {WANTED}")
         with pyplot.rc_context(SETTINGS):
             for name, figure in pictures(result):
                 yield from written(figure, provenance(result), folder / f"{file.stem}-{name}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.breakdown import lines as breakdown_lines
 
@@ -13,6 +15,17 @@ LOSES = "LOSES"
 NAMES = {"eager": "best eager", "compile": "torch.compile"}
 # Ours may be this much slower than another column and count as its equal: the noise of one measurement.
 NOISE = 0.02
+
+
+def read_object(file: Path, wanted: str) -> dict:
+    """The JSON object in a file; ValueError that says what was wanted where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be {wanted}, got no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be {wanted}, got JSON that is no object")
+    return content
 
 
 def refuse_quick(benches: Sequence[Mapping]) -> None:

@@ -91,11 +91,12 @@ def test_what_counts_as_a_loss_and_what_has_no_figures(drawing, tmp_path):
     assert draw(tmp_path / "b", written(tmp_path / "b.json", result)) == {}
 
 
-def test_a_file_that_is_no_result(drawing, tmp_path, capsys):
+@pytest.mark.parametrize("content", ["{}", "[1]", "# Title"])
+def test_a_file_that_is_no_result(drawing, tmp_path, capsys, content):
     file = tmp_path / "other.json"
-    file.write_text("{}")
+    file.write_text(content)
     assert main(["bench", "plot", str(file), "--out", str(tmp_path)]) == 1
-    assert "must be a result of bench" in capsys.readouterr().err
+    assert "other.json must be a result of bench" in capsys.readouterr().err
 
 
 def test_loss_of_runs_against_time(drawing, tmp_path):

@@ -126,7 +126,7 @@ def test_table_reads_training_runs_and_refuses_quick_figures():
         gpu_rows(graph_case(eager=3.0, triton=2.0), quick=True)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}"])
+@pytest.mark.parametrize("content", ["[1]", "{}", "# Title", ""])
 def test_a_file_that_is_no_result(tmp_path, content):
     file = tmp_path / "other.json"
     file.write_text(content)

@@ -249,6 +249,14 @@ def test_a_gradient_norm_that_overflows_is_told_from_a_broken_forward(settings, 
         training.timed_step(state)
 
 
+def test_a_loss_that_is_not_finite_beside_finite_gradients_is_the_forwards(settings, tmp_path, monkeypatch):
+    real = optimize.loss_of
+    monkeypatch.setattr(optimize, "loss_of", lambda *arguments: real(*arguments) + math.inf)
+    state = training.prepare(chosen(settings), tmp_path)
+    with pytest.raises(RuntimeError, match="not finite first: no weight or gradient, only the forward"):
+        training.timed_step(state)
+
+
 def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, tmp_path):
     state = training.prepare(chosen(settings), tmp_path)
     weight = state.model.transformer.h[0].attn.c_proj.bias
