@@ -25,8 +25,9 @@ struct ForwardTile {
     static constexpr int D = D_, M_TILES = M_TILES_, WARP_M = 16 * M_TILES, BLOCK_M = WARP_M * WARPS,
                          BLOCK_N = ARCH < 80 && D == 128 ? 32 : BLOCK_N_, THREADS = 32 * WARPS;
     static constexpr bool DROPOUT = DROPOUT_;
-    // Steps of Q whose fragments stay in registers: as many as the accumulators leave room for.
-    static constexpr int KEPT = M_TILES * D <= 128 ? D / 16 : 0;
+    // Fragments of Q, M_TILES of each of D / 16 steps, that stay in registers: as many as the accumulators leave room
+    // for.
+    static constexpr int KEPT = M_TILES * D <= 128 ? D / 16 * M_TILES : D == 128 && ARCH != 90 ? 1 : 0;
     static constexpr int SHARED_BYTES = (BLOCK_M + 2 * BLOCK_N) * D * (int)sizeof(T);
 };
 
@@ -173,15 +174,15 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (p.scale < 0.0f) q_rows.negate(q_tile);  // the maximum is that of scores before the scale
     __syncthreads();
 
-    uint32_t q_kept[KEPT ? KEPT : 1][M_TILES][4];
+    uint32_t q_kept[KEPT ? KEPT : 1][4];
     const Shared<T> q_place = left_place<D>(q_tile, lane) + warp_row * D, k_place = right_place<D>(k_tile, lane),
                     v_place = left_place<D>(v_tile, lane);
     UNROLL
-    for (int s = 0; s < KEPT; ++s) UNROLL
-    for (int i = 0; i < M_TILES; ++i) load_left<D>(q_kept[s][i], q_place, 16 * i, s);
+    for (int f = 0; f < KEPT; ++f) load_left<D>(q_kept[f], q_place, f % M_TILES * 16, f / M_TILES);
     auto left = [&](uint32_t (&a)[4], int i, int s) {
-        if (s < KEPT) UNROLL
-        for (int e = 0; e < 4; ++e) a[e] = q_kept[s][i][e];
+        const int f = s * M_TILES + i;
+        if (f < KEPT) UNROLL
+        for (int e = 0; e < 4; ++e) a[e] = q_kept[f][e];
         else load_left<D>(a, q_place, 16 * i, s);
     };
 
