@@ -67,6 +67,26 @@ def test_registers_suffice_at_head_dim_256(size, arch):
     assert static.problems(found, case.dtype) == [], found
 
 
+def test_float32_fits_at_head_dim_256():
+    """Its tiles once needed 100 KB of shared memory, which sm_86 has not, and spilled 600 bytes."""
+    case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", "D=256", torch.float32))
+    with static.recorded(86) as launches:
+        case.run("cuda:86")
+    assert {launch.name for launch in launches} == KERNELS["attention"]
+    for launch in launches:
+        assert static.problems(static.figures(launch), case.dtype) == [], launch.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wide_rows_of_layer_norm(dtype):
+    """The sums of dweight and dbias take half of the registers, beside loads of 16 bytes."""
+    case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("layer_norm", "C=16384", dtype))
+    with static.recorded(80) as launches:
+        case.run("cuda:80")
+    for launch in {launch.key: launch for launch in launches}.values():
+        assert static.problems(static.figures(launch), dtype) == [], launch.name
+
+
 @triton.jit
 def copy_kernel(x_ptr, out_ptr, scale, size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -72,7 +72,7 @@ def forward_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool 
 def score_tiles(dtype: torch.dtype, D: int, shared_memory: int, dropout: bool) -> dict[str, Any]:
     """What the forward's q and k come in."""
     if dtype == torch.float32:
-        return tile(32, 32, FLOAT_PART, D)
+        return tile(32, 32, FLOAT_PART, D) if D <= 128 else tile(32, 16, FLOAT_PART, D, num_warps=8)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D <= 128:
             return tile(64, 64, part_of(D), D, num_stages=3)
@@ -95,7 +95,7 @@ def query_gradient_tiles(
     With tensor memory ptxas gives a thread 128 registers here, one word too few for sm_90's tiles.
     """
     if dtype == torch.float32:
-        return tile(32, 32 if D <= 128 else 16, FLOAT_PART, D)
+        return tile(32, 32, FLOAT_PART, D) if D <= 128 else tile(32, 16, FLOAT_PART, D, num_warps=8)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D <= 64:
             return tile(64, 64, 64, D, num_stages=3)
@@ -118,7 +118,11 @@ def key_gradient_tiles(
     With atomics dq's sums take registers too, so tiles are smaller.
     """
     if dtype == torch.float32:
-        return tile(32 if D <= 64 else 16, 32, FLOAT_PART, D, num_warps=8 if atomics and D > 64 else 4)
+        if D <= 64 and not atomics:
+            return tile(32, 32, FLOAT_PART, D)
+        if 64 < D <= 128 and dropout:
+            return tile(32, 16, FLOAT_PART, D)
+        return tile(16, 32, FLOAT_PART, D, num_warps=8 if D > 128 or (atomics and D > 64) else 4)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D > 128:
             return tile(16, 32 if atomics or dropout else 64, 128, D, num_warps=8)

@@ -30,8 +30,8 @@ from gptkernels.triton_launch import Plan, limits
 MaybeTensor = Tensor | None
 
 # Columns a warp owns: 32 or 26 a lane, at which a forward takes 76 registers and a backward, which also holds the fp32
-# sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only, still in
-# 8 warps: 16 have 128 registers each and spill. There a part is 4 elements a lane in every dtype, again for registers.
+# sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only, in 16
+# warps of 128 registers, which a barrier after each part makes suffice: without it later parts are loaded ahead.
 FORWARD_COLUMNS, BACKWARD_COLUMNS, KEPT_COLUMNS = 1024, 832, 8 * 832
 # Backward warps a processor, all of which are resident (as many registers as they have allow 12). Timed on an H200 with
 # 65536 rows of 768 in bfloat16: 290, 183, 160, 232 us with 4, 8, 12, 16. A program has at least 4 rows: its own fp32 rows
@@ -271,6 +271,8 @@ def backward_kernel(
                 dweight = add_product(dweight, dy, xhat, i)
             if dbias_ptr is not None:
                 dbias = add_product(dbias, dy, 1.0, i)
+            if RELOAD:
+                tl.debug_barrier()  # one part at a time: see the registers of KEPT_COLUMNS
     row = (program + tl.zeros((1,), tl.int32)).to(tl.int64)
     for i in tl.static_range(len(dbias)):
         if dweight_ptr is not None:
@@ -312,17 +314,16 @@ def sum_kernel(
 @cache
 def tiles(C: int, itemsize: int, backward: bool = False) -> dict[str, int]:
     """Constexprs and warps for rows of C elements whose narrowest tensor has itemsize bytes an element."""
-    most, columns = (8, BACKWARD_COLUMNS) if backward else (16, FORWARD_COLUMNS)
-    warps = min(most, triton.next_power_of_2(triton.cdiv(C, columns)))
-    reload = backward and C > KEPT_COLUMNS
-    block = warps * 32 * (4 if reload else 16 // itemsize)
+    columns = BACKWARD_COLUMNS if backward else FORWARD_COLUMNS
+    warps = min(16, triton.next_power_of_2(triton.cdiv(C, columns)))
+    block = warps * 32 * (16 // itemsize)
     rows = 1
     if block >= C:
         warps, block = 4, triton.next_power_of_2(C)
         rows = max(1, warps * 32 * 16 // block)
     tail = triton.next_power_of_2(C % block) if C % block else block
     tile = {"C": C, "BLOCK": block, "TAIL": tail, "ROWS": rows, "num_warps": warps}
-    return {**tile, "RELOAD": reload} if backward else tile
+    return {**tile, "RELOAD": C > KEPT_COLUMNS} if backward else tile
 
 
 @lru_cache(maxsize=1024)

@@ -358,7 +358,7 @@ def gelu_backward_plan(M: int, F: int, tanh: bool, itemsize: int, wide: bool, de
     """Of gelu_backward_kernel."""
     constants = {
         "TANH": tanh, "VECTOR": vector(itemsize, F), "INT64": wide, "ROWS": PASS_ROWS, "BLOCK_M": PASS_M,
-        "BLOCK_N": PASS_N,
+        "BLOCK_N": PASS_N, "num_warps": 2 * itemsize,
     }  # fmt: skip
     grid = (triton.cdiv(M, PASS_ROWS), triton.cdiv(F, PASS_N))  # a grid's second axis ends at 65535
     return Plan(gelu_backward_kernel, grid, device, (M, F), constants)
