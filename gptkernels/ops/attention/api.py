@@ -23,6 +23,7 @@ def causal_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention in which no token sees a later one.
@@ -37,6 +38,9 @@ def causal_attention(
         dropout_p: probability of dropping a weight, in [0, 1); kept ones are scaled by 1/(1 - dropout_p).
         seed: key of the dropout mask, an int or a 0-d int64 tensor, needed when dropout_p > 0. Every backend draws the
             same mask: Philox4x32-10 on the absolute (batch, head, row, column).
+        deterministic: False allows a backward of one pass, 5 products instead of 7, in which fp32 atomics add up dq in no
+            fixed order, so that its last bits vary. triton has one, cuda and simt in 16 bits; the others ignore it, and
+            so does everything under torch.use_deterministic_algorithms(True).
         backend: "auto", "reference", "cpu", "triton", "cuda" or "simt" (all but the reference D <= 256; cuda and simt
             copy inputs whose rows do not start on 16 bytes or whose D is no multiple of 8).
     Returns:
@@ -57,7 +61,8 @@ def causal_attention(
     if backend == "reference":
         return reference.causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=key)
     if wants_gradients(q, k, v):
-        return CausalAttention.apply(backend, *distinct(q, k, v), scale, dropout_p, key)
+        atomics = adds_in_any_order(deterministic, backend, dtype)
+        return CausalAttention.apply(backend, *distinct(q, k, v), scale, dropout_p, key, atomics)
     return native.forward(backend, q, k, v, scale, dropout_p, key)[0]
 
 
@@ -67,13 +72,14 @@ def causal_attention_packed(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """causal_attention on the packed projection, read and differentiated where it lies: no transpose, no split, no copy.
 
     Args:
         qkv: (B, T, 3, H, D): queries, keys and values of each token; the projection's output (B, T, 3 C) viewed so.
-        scale, dropout_p, seed, backend: as in causal_attention.
+        scale, dropout_p, seed, deterministic, backend: as in causal_attention.
     Returns:
         (B, T, H, D), contiguous: its view (B, T, C) is the next projection's input. The gradient has qkv's layout.
     Raises, numerics and source: as in causal_attention.
@@ -89,7 +95,8 @@ def causal_attention_packed(
     if backend == "reference":
         return reference.causal_attention_packed(qkv, scale=scale, dropout_p=dropout_p, seed=key)
     if wants_gradients(qkv):
-        return CausalAttentionPacked.apply(backend, qkv, scale, dropout_p, key)
+        atomics = adds_in_any_order(deterministic, backend, qkv.dtype)
+        return CausalAttentionPacked.apply(backend, qkv, scale, dropout_p, key, atomics)
     return native.packed_forward(backend, qkv, scale, dropout_p, key)[0]
 
 
@@ -121,6 +128,13 @@ def choose(backend: str, x: Tensor) -> str:
     )
 
 
+def adds_in_any_order(deterministic: bool, backend: str, dtype: torch.dtype) -> bool:
+    """Whether the backward is the one with atomics: where that is allowed, and there is one."""
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    return backend == "triton" or (backend in ("cuda", "simt") and dtype != torch.float32)
+
+
 def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The mask's key as a 0-d int64 tensor, None without dropout."""
     if not 0.0 <= dropout_p < 1.0:
@@ -147,34 +161,37 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
-    ) -> Tensor:
+        ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
+        atomics: bool,
+    ) -> Tensor:  # fmt: skip
         out, stats = native.forward(backend, q, k, v, scale, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, stats, seed)
-        ctx.backend, ctx.scale, ctx.dropout_p = backend, scale, dropout_p
+        ctx.backend, ctx.scale, ctx.dropout_p, ctx.atomics = backend, scale, dropout_p, atomics
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         q, k, v, out, stats, seed = ctx.saved_tensors
-        gradients = native.backward(ctx.backend, dout, q, k, v, out, stats, ctx.scale, ctx.dropout_p, seed)
-        return None, *gradients, None, None, None
+        options = ctx.scale, ctx.dropout_p, seed, ctx.atomics
+        return None, *native.backward(ctx.backend, dout, q, k, v, out, stats, *options), None, None, None, None
 
 
 class CausalAttentionPacked(torch.autograd.Function):
     """causal_attention_packed with the native backward."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, backend: str, qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None, atomics: bool
+    ) -> Tensor:
         out, stats = native.packed_forward(backend, qkv, scale, dropout_p, seed)
         ctx.save_for_backward(qkv, out, stats, seed)
-        ctx.backend, ctx.scale, ctx.dropout_p = backend, scale, dropout_p
+        ctx.backend, ctx.scale, ctx.dropout_p, ctx.atomics = backend, scale, dropout_p, atomics
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         check_backward()
         qkv, out, stats, seed = ctx.saved_tensors
-        dqkv = native.packed_backward(ctx.backend, dout, qkv, out, stats, ctx.scale, ctx.dropout_p, seed)
-        return None, dqkv, None, None, None
+        options = ctx.scale, ctx.dropout_p, seed, ctx.atomics
+        return None, native.packed_backward(ctx.backend, dout, qkv, out, stats, *options), None, None, None, None

@@ -32,10 +32,11 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    atomics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     return kernels(backend).attention_backward(
-        readable(dout), readable(q), readable(k), readable(v), out, stats, scale, dropout_p, seed
+        readable(dout), readable(q), readable(k), readable(v), out, stats, scale, dropout_p, seed, atomics
     )
 
 
@@ -55,6 +56,9 @@ def packed_backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    atomics: bool,
 ) -> Tensor:
     """dqkv, contiguous in qkv's layout."""
-    return kernels(backend).attention_packed_backward(readable(dout), readable(qkv), out, stats, scale, dropout_p, seed)
+    return kernels(backend).attention_packed_backward(
+        readable(dout), readable(qkv), out, stats, scale, dropout_p, seed, atomics
+    )
