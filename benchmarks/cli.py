@@ -25,7 +25,7 @@ from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
 from gptkernels.backend import BACKENDS
 from model.config import preset_names
-from model.files import user_path, write_text
+from model.files import make_ready, user_path, write_text
 
 ROUNDS, QUICK_ROUNDS = 20, 8
 BUDGETS = {"cpu": 600.0, "cuda": 10.0}
@@ -201,7 +201,7 @@ def run(what: str, cases: Iterator[dict[str, object]], options: Options, out: Pa
     result: dict[str, object] = {"command": "bench", "what": what, "machine": machine, "device": options.device}
     result["quick"] = options.quick
     if out is not None:  # what cannot be written is said before the work
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_ready(out)
     print(f"bench {what}, {options.device}, {options.dtype}: {machine_line(machine)}", flush=True)
     done: list[dict[str, object]] = []
     for case in cases:

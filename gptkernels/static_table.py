@@ -20,6 +20,9 @@ from typing import Any
 from gptkernels.static_native import CUDA, SIMT, cuda_text, line, simt_text
 
 PARTS = ("triton", "cuda", "simt")
+OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "linear")
+# Those that are called by another name than their folder's.
+CALLED = {"causal_attention": "attention", "gelu_mlp": "mlp", "linear_cross_entropy": "cross_entropy"}
 KNOWN_ARCHES = (80, 86, 89, 90, 100, 120)
 OVERVIEW = """\
 columns:
@@ -196,7 +199,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     known = KNOWN_ARCHES if "triton" in (options.of or PARTS) else (75, *KNOWN_ARCHES)
     if unknown := [arch for arch in options.arch if arch not in known]:
-        parser.error(f"--arch must be of {', '.join(map(str, known))}, got {unknown[0]}")
+        parser.error(f"--arch must be one of {', '.join(map(str, known))}, got {unknown[0]}")
+    options.op = CALLED.get(options.op, options.op)
+    if not any(options.op in op for op in OPS) and "liger" not in options.op:
+        parser.error(f"--op must be in the name of one of {', '.join(OPS)}, got {options.op}")
     reasons = {part: unavailable(part, options.liger) for part in options.of or PARTS}
     for part, reason in reasons.items():
         if reason:

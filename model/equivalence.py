@@ -36,7 +36,7 @@ from model.equivalence_run import Result, compare_all
 from model.equivalence_sabotage import sabotage_sentence, sabotage_table, trials
 from model.equivalence_subject import Subject, subject
 from model.fast import FastGPT
-from model.files import user_path, write_text
+from model.files import make_ready, user_path, write_text
 from model.machine import processor_name
 from model.progress import Whereabouts
 from model.report import count_parameters, describe_backends
@@ -49,6 +49,8 @@ ELSEWHERE = {
     **{key: f"check takes it as --{key}" for key in ("backend", "dtype", "seed", "steps")},
     **dict.fromkeys(("model", "device", "compile"), "check compares both models, on the CPU, as they are written"),
 }
+# What goes with --sabotage, and the words that are counted apart.
+ALONE = ("sabotage", "backend", "words", "overrides")
 # From so many parameters on a level takes minutes, and each is announced.
 SLOW_PARAMETERS = 10_000_000
 
@@ -102,6 +104,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         parser.error(f"one preset, run or file, got {' and '.join(names)}")
+    if args.report and args.report.suffix != ".html":
+        parser.error(f"--report must end in .html, got {args.report}: it is a web page")
     if args.steps < 0:
         parser.error(f"--steps must not be negative, got {args.steps}")
     if args.band < 1:
@@ -110,7 +114,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         key = word.partition("=")[0].removeprefix("train.")
         if "=" in word and key in ELSEWHERE:
             parser.error(f"{word}: {ELSEWHERE[key]}")
-    if args.sabotage and (words or args.bisect or args.report or args.dtype != "fp32"):
+    others = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in ALONE]
+    if args.sabotage and (words or others):
         parser.error("--sabotage has its own model, in fp32, and bisects each bug: it goes with --backend alone")
     args.name = names[0] if names else DEFAULT
     return args
@@ -145,7 +150,7 @@ def compare_and_show(args: argparse.Namespace) -> Comparison:
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends, 'cpu')}\n", flush=True)
     if args.report:  # what cannot be written is said before the work
-        args.report.parent.mkdir(parents=True, exist_ok=True)
+        make_ready(args.report)
     slow = count_parameters(what.weights) >= SLOW_PARAMETERS
     say = Whereabouts(0.0) if slow else Whereabouts()
     result = compare_all(

@@ -34,9 +34,21 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if not reason:
             raise
         raise RuntimeError(
-            f"cannot write {path}: {reason.strerror or reason}: make room there or choose another out= "
+            f"cannot write {path}: {reason.strerror or reason}: make room there or choose another place "
             "(a file of this name that was there before is whole)"
         ) from error
+
+
+def make_ready(path: Path) -> None:
+    """Make the folder of a file that is written at the end of long work. RuntimeError where it could not be written."""
+    if path.is_dir():
+        raise RuntimeError(f"cannot write {path}: it is a folder: choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot write {path}: {error.strerror}: choose another place") from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RuntimeError(f"cannot write {path}: its folder takes no files: choose another place")
 
 
 def disk_error(error: BaseException) -> OSError | None:

@@ -76,9 +76,9 @@ class CharTokenizer:
                 f"use only {self.characters!r}, or train on a text that has it"
             ) from None
 
-    def decode(self, tokens: Tensor) -> str:
-        """The text of a 1-d tensor of tokens."""
-        return "".join(self.characters[i] for i in tokens.tolist())
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of tokens, a 1-d tensor or numbers."""
+        return "".join(self.characters[i] for i in numbers(tokens))
 
     def decoder(self) -> Callable[[int], str]:
         """A function from each next token to the text that it completes."""
@@ -135,9 +135,9 @@ class BpeTokenizer:
         finally:
             self.bpe.encode_special_tokens = False
 
-    def decode(self, tokens: Tensor) -> str:
-        """The text of a 1-d tensor of tokens; bytes that are no UTF-8 become replacement characters."""
-        return b"".join(self.pieces[i] for i in tokens.tolist()).decode("utf-8", errors="replace")
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of tokens, a 1-d tensor or numbers; bytes that are no UTF-8 become replacement characters."""
+        return b"".join(self.pieces[i] for i in numbers(tokens)).decode("utf-8", errors="replace")
 
     def decoder(self) -> Callable[[int], str]:
         """A function from each next token to the text that it completes: a character may need several tokens."""
@@ -150,6 +150,11 @@ class BpeTokenizer:
 
 
 Tokenizer = CharTokenizer | BpeTokenizer
+
+
+def numbers(tokens: Tensor | Sequence[int]) -> list[int]:
+    """Tokens as Python's integers."""
+    return list(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
 
 def restored(state: str) -> Tokenizer:

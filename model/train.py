@@ -236,8 +236,9 @@ def train(config: Config, *, label: str = "", quiet: bool = False) -> dict[str, 
 def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> dict[str, Any]:
     """Go on with a run from its last checkpoint, bit for bit as if it had not stopped; overrides may change [train]."""
     folder = user_path(folder)
-    if folder.is_file():
-        raise ValueError(f"RUN must be a run folder to go on with, got the file {folder}: give {folder.parent}")
+    if not folder.is_dir():
+        instead = f"the file {folder}: give {folder.parent}" if folder.is_file() else f"{folder}: look under runs/"
+        raise ValueError(f"RUN must be a run folder to go on with, got {instead}")
     payload = load(folder, LAST, tensors=())  # each rank reads its part
     settings = payload["config"]
     check_unedited(folder, settings)

@@ -383,3 +383,15 @@ def test_a_wrong_command_line_is_a_usage_error(argv, capsys):
         main(argv)
     assert exit.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    def measured(*_):
+        yield pytest.fail("measured")
+
+    monkeypatch.setattr("benchmarks.cli.bench_ops", measured)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for out, reason in (("file/x.json", "File exists"), ("folder.json", "it is a folder")):
+        with pytest.raises(RuntimeError, match=f"cannot write .*{out}: {reason}"):
+            main(["ops", "--quick", "--out", str(tmp_path / out)])

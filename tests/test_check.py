@@ -154,6 +154,7 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
         (["tests/"], "tests/ is no run and no state_dict file: it has neither last.pt nor best.pt"),
         (["tiny", "shakespeare-cpu"], "one preset, run or file, got tiny and shakespeare-cpu"),
         (["tiny", "--steps", "-1"], "--steps must not be negative"),
+        (["tiny", "--report", "page.pdf"], "--report must end in .html, got page.pdf"),
         (["tiny", "--band", "0"], "--band must be at least 1"),
         (["tiny", "backend=simt"], "backend=simt: check takes it as --backend"),
         (["tiny", "train.dtype=bf16"], "train.dtype=bf16: check takes it as --dtype"),

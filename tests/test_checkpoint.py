@@ -105,7 +105,7 @@ def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
 def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(
-        RuntimeError, match=r"cannot write .*file/x: Not a directory: make room there or choose another out="
+        RuntimeError, match=r"cannot write .*file/x: Not a directory: make room there or choose another place"
     ):
         write_text(tmp_path / "file" / "x", "text")
 

@@ -95,7 +95,9 @@ def test_the_sites_are_the_calls_of_a_forward():
     assert names[-3:] == ["ln_f", "lm_head", "loss"] and len(names) == 15
 
 
-@pytest.mark.parametrize("words", [["tiny"], ["--bisect"], ["--dtype", "bf16"]])
+@pytest.mark.parametrize(
+    "words", [["tiny"], ["--bisect"], ["--dtype", "bf16"], ["--steps", "3"], ["--report", "x.html"]]
+)
 def test_sabotage_goes_alone(capsys, words):
     assert cli.main(["check", "--sabotage", *words]) == 2
     assert "--sabotage has its own model" in capsys.readouterr().err

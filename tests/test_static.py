@@ -205,6 +205,9 @@ def test_the_table_shows_a_case(capsys):
     assert cells[:5] == ["forward_kernel", "layer_norm", "C=768", "bfloat16", "80"]
     with pytest.raises(SystemExit):
         static_table.main(["--arch", "75"])
-    assert "--arch must be of 80" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no kernels"):
+    assert "--arch must be one of 80" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         static_table.main(["--op", "nothing"])
+    assert "one of attention, layer_norm, mlp, cross_entropy, linear, got nothing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no kernels"):
+        list(static_table.table([80], False, "nothing", False, 1))

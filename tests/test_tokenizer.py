@@ -29,7 +29,9 @@ def encoded(bpe, text):
 def test_every_text_comes_back(bpe):
     for text in (TEXT, "never seen: ßΩ🙂\0\r\n", ""):
         tokens = torch.tensor(encoded(bpe, text), dtype=torch.int64)
-        assert bpe.decode(tokens) == text and bpe.byte_count(tokens) == len(text.encode("utf-8"))
+        assert bpe.decode(tokens) == bpe.decode(tokens.tolist()) == text and bpe.byte_count(tokens) == len(
+            text.encode("utf-8")
+        )
         write = bpe.decoder()
         assert "".join(map(write, tokens.tolist())) == text
     assert len(bpe) == 300 and len(encoded(bpe, TEXT)) < 0.5 * len(TEXT)

@@ -163,6 +163,8 @@ def test_what_resume_refuses(settings, tmp_path, text):
             resume(folder, ["steps=20", override], quiet=True)
     with pytest.raises(ValueError, match="got the file"):
         resume(folder / LAST, ["steps=20"], quiet=True)
+    with pytest.raises(ValueError, match=r"must be a run folder to go on with, got .*nowhere: look under runs/"):
+        resume(tmp_path / "nowhere", quiet=True)
     written = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(written.replace("n_embd = 16", "n_embd = 32"))
     with pytest.raises(

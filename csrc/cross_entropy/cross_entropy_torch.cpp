@@ -1,5 +1,7 @@
 // linear_cross_entropy: tensors to pointers.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "common/torch.h"
 #include "cross_entropy/cross_entropy_cpu.h"
@@ -13,8 +15,10 @@ CrossEntropy problem(const Tensor& x, const Tensor& weight, const Tensor& target
                    nullptr,   ignore_index, mean};
     p.targets = static_cast<const int64_t*>(data_of(targets));
     int64_t bad = first_bad_target(p);
-    STD_TORCH_CHECK(bad < 0, "targets must be in [0, ", vocab_size, ") or ignore_index ", ignore_index, ", got ",
-                    bad < 0 ? 0 : p.targets[bad], " at ", bad, ": check the tokens and vocab_size");
+    if (bad >= 0)  // a user's error: STD_TORCH_CHECK would begin it with this file's name
+        throw std::runtime_error("targets must be in [0, " + std::to_string(vocab_size) + ") or ignore_index " +
+                                 std::to_string(ignore_index) + ", got " + std::to_string(p.targets[bad]) + " at " +
+                                 std::to_string(bad) + ": check the tokens and vocab_size");
     return p;
 }
 
