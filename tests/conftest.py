@@ -28,6 +28,14 @@ def poisoned_memory():
     torch._C._set_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def any_order(poisoned_memory):
+    """What poisoned_memory demands of torch, taken back."""
+    torch._C._set_deterministic_algorithms(False)
+    yield
+    torch._C._set_deterministic_algorithms(True)
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """A test may change the number of threads; the next one finds what it was."""

@@ -2,13 +2,14 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from oracle import draw, largest
 
 import gptkernels.simt
-from gptkernels import causal_attention
+from gptkernels import causal_attention, causal_attention_packed
 from gptkernels.ops.attention import reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -121,3 +122,22 @@ def test_every_schedule_gives_the_same_bits(dtype):
     for seed in (1, 2, 3):
         with gptkernels.simt.schedule(seed):
             assert all(torch.equal(x, y) for x, y in zip(run(), wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype, kernels", [(torch.float32, 3), (torch.bfloat16, 4)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_what_deterministic_allows(any_order, dtype, kernels, packed):
+    """Atomics where they are allowed and there are any, told by the kernels that run."""
+    x = inputs(1, 1, 9, 9, 8, dtype)
+    qkv = torch.stack([each.transpose(1, 2) for each in x], 2).detach().requires_grad_()
+
+    def launched(**options):
+        with gptkernels.simt.recording() as report:
+            call = partial(causal_attention_packed, qkv) if packed else partial(causal_attention, *x)
+            call(backend="simt", **options).sum().backward()
+        return len(report.kernels)
+
+    assert launched() == launched(deterministic=True) == 3
+    assert launched(deterministic=False) == kernels
+    torch._C._set_deterministic_algorithms(True)
+    assert launched(deterministic=False) == 3
