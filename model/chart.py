@@ -68,8 +68,11 @@ def frame_of(points: Sequence[Point], log: bool = False) -> Frame:
 
 
 def label(value: float) -> str:
-    """A number on an axis."""
-    return f"{value:.0e}".replace("e-0", "e-") if value and (abs(value) < 1e-3 or abs(value) >= 1e5) else f"{value:g}"
+    """A number on an axis, short enough to end before the axis' name."""
+    size = abs(value)
+    if 1e4 <= size < 1e9:
+        return f"{value / 1e3:g}k" if size < 1e6 else f"{value / 1e6:g}M"
+    return f"{value:.0e}".replace("e-0", "e-") if value and (size < 1e-3 or size >= 1e9) else f"{value:g}"
 
 
 def picture(description: str, parts: Sequence[str], height: int = HEIGHT) -> str:

@@ -252,13 +252,14 @@ def full_key(name: str) -> str:
 
 
 def nearest_key(name: str) -> str:
-    """The key that an unknown one most likely means: by its spelling, or its help's words (learning_rate is lr)."""
+    """The key that an unknown one most likely means: of another section, by its spelling, or its help's words."""
     keys = all_keys()
     candidates = [k.split(".")[1] for k in keys] + list(keys)
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
-    words = name.rpartition(".")[2].replace("_", " ")
+    bare = name.rpartition(".")[2]
+    elsewhere, words = [k for k in keys if k.split(".")[1] == bare], bare.replace("_", " ")
     described = [k.split(".")[1] for k, f in keys.items() if words in f.metadata["help"]]
-    return (close + described + difflib.get_close_matches(name, candidates, n=1, cutoff=0.0))[0]
+    return (elsewhere + close + described + difflib.get_close_matches(name, candidates, n=1, cutoff=0.0))[0]
 
 
 def parse_value(name: str, text: str) -> Any:

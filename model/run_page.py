@@ -62,7 +62,8 @@ def layer_figure(rows: Sequence[tuple[float, Mapping[str, float]]]) -> str:
         Line(kinds[name], [(step, norms[name]) for step, norms in rows if norms.get(name) is not None])
         for name in order
     ]
-    keys: Keys = (("ours", "first block"), ("plain", "last block"), ("other", "between"))
+    names = (("ours", "first block"), ("plain", "last block"), ("other", "between"))
+    keys: Keys = names[: len(blocks)]
     text = "A block whose norm leaves the others' is where a run goes wrong first."
     return figure(title, line_chart(title, lines, "step", "norm", log=True), keys, text)
 

@@ -62,6 +62,7 @@ def test_overrides(text, value):
         ("bias=maybe", "model.bias must be on or off, got 'maybe'"),
         ("n_layers=2", "unknown key 'n_layers': the nearest is 'n_layer'"),
         ("model.n_haed=2", "the nearest is 'model.n_head'"),
+        ("model.lr=1", "unknown key 'model.lr': the nearest is 'train.lr'"),
         ("learning_rate=1", "unknown key 'learning_rate': the nearest is 'lr'"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_case import chosen, gradients, small_settings, some_batch
 
+from model.chart import label
 from model.checkpoint import build_model
 from model.memory import kept_by_operator
 from model.optimize import Learner, layer_norms
@@ -106,3 +107,24 @@ def test_json_lines_are_json():
     found = json.loads(as_json_line(row), parse_constant=pytest.fail)
     assert found == {"step": 1, "loss": 2.5, "grad_norm": None, "grad_norms": {"block 0": None, "ln_f": 1.0}}
     assert 'points=""' in layer_figure([(1, {"block 0": None})])
+
+
+@pytest.mark.parametrize("count, words", [(1, {"first block"}), (2, {"first block", "last block"}), (4, {"between"})])
+def test_the_legend_names_what_is_drawn(count, words):
+    rows = [(float(step), {f"block {i}": 1.0 + i for i in range(count)}) for step in range(3)]
+    shown = {word for word in ("first block", "last block", "between") if word in layer_figure(rows)}
+    assert shown >= words and len(shown) == min(count, 3)
+
+
+def test_numbers_on_axes_are_short():
+    numbers = {
+        0.0: "0",
+        1e-4: "1e-4",
+        0.25: "0.25",
+        9000.0: "9000",
+        2e4: "20k",
+        -4e4: "-40k",
+        2.5e6: "2.5M",
+        1e9: "1e+09",
+    }
+    assert {number: label(number) for number in numbers} == numbers
