@@ -63,7 +63,8 @@ def make_parser() -> Parser:
         description="Is the fast model the same function as the reference? Operators, blocks, logits, loss, every gradient, an"
         " optimizer step, training and greedy text are compared; the fast model may err twice (in gradients three times) as"
         " much against float64 as plain PyTorch does.",
-        epilog="exit status: 0 the same function, 1 another one, 2 it could not be checked",
+        epilog="the last line of stdout is one JSON object with every figure; exit status: 0 the same function, 1 another one,"
+        " 2 it could not be checked",
     )
     parser.add_argument(
         "words",
