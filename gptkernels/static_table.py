@@ -181,7 +181,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="SM",
         help="80 86 89 90 100 120, without Triton's table also 75 (default 80 90 100)",
     )
-    add("--all", action="store_true", help="every size and architecture; without a cache some 50 minutes")
+    add("--all", action="store_true", help="every size and architecture; without a cache most of an hour")
     add("--op", default="", help="only operators with this in their name")
     add(
         "--liger",

@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(THREADS) gelu_kernel(Global<const T> h, Global
     store_floats(g, packet * N, v);
 }
 
-// 3 blocks a multiprocessor: for 4, which ptxas aims at by itself, the unrolled loop's registers spill.
+// 2 blocks a multiprocessor at least: for 4, which ptxas aims at by itself, the unrolled loop spills.
 template <class T, bool TANH, int N>
-__global__ void __launch_bounds__(THREADS, 3) gelu_backward_kernel(Global<const T> h, Global<T> dh, Global<T> g,
+__global__ void __launch_bounds__(THREADS, 2) gelu_backward_kernel(Global<const T> h, Global<T> dh, Global<T> g,
                                                                    Global<float> partial, int64_t rows, int columns) {
     SHARED_ARRAY(float, sums, THREADS* N);
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, col = ((int)blockIdx.y * WARP + lane) * N;
