@@ -49,14 +49,14 @@ def cases() -> list[Case]:
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     B, T, H = 8, 1024, 12
-    kinds = itertools.product((64, 128, 256), ("", " dropout", " T=1000", " atomics"))
+    kinds = itertools.product((64, 128, 256), ("", " dropout", " T=1000", " atomics", " dropout atomics"))
     for D, kind in (*kinds, (32, ""), (80, "")):
 
         def call(make: Make, D: int = D, kind: str = kind) -> None:
-            dropout_p, seed = (0.1, make(1, dtype=torch.int64)) if kind == " dropout" else (0.0, None)
+            dropout_p, seed = (0.1, make(1, dtype=torch.int64)) if "dropout" in kind else (0.0, None)
             q, k, v = make(3, B, H, 1000 if kind == " T=1000" else T, D).unbind()
             out, stats = attention.attention_forward(q, k, v, D**-0.5, dropout_p, seed)
-            attention.attention_backward(out, q, k, v, out, stats, D**-0.5, dropout_p, seed, kind == " atomics")
+            attention.attention_backward(out, q, k, v, out, stats, D**-0.5, dropout_p, seed, "atomics" in kind)
 
         yield Case("attention", f"D={D}{kind}", dtype, call, usual=D in (64, 128) and not kind)
 
@@ -82,6 +82,20 @@ def row_cases(dtype: torch.dtype) -> Iterator[Case]:
             return ROWS * C
 
         yield Case("layer_norm", f"C={C}", dtype, norm, usual=C == 768, elements=elements)
+
+    if dtype.itemsize == 2:
+
+        def norm_of_stream(make: Make) -> None:
+            """A training's: branches of 16 bits beside the float32 stream that they are added to."""
+            branch, stream, weight = (
+                make(ROWS, 16384),
+                make(ROWS, 16384, dtype=torch.float32),
+                make(16384, dtype=torch.float32),
+            )
+            _, _, mean, rstd = layer_norm.add_layer_norm_forward(branch, stream, weight, weight, 1e-5, dtype)
+            layer_norm.layer_norm_backward(branch, stream, stream, weight, True, mean, rstd)
+
+        yield Case("layer_norm", "C=16384, stream", dtype, norm_of_stream, usual=False)
 
     def loss(make: Make) -> None:
         x, weight, targets = make(ROWS, 768), make(50304, 768), make(ROWS, dtype=torch.int64)

@@ -22,7 +22,8 @@ from gptkernels.static_native import CUDA, SIMT, cuda_text, line, simt_text
 PARTS = ("triton", "cuda", "simt")
 OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "linear")
 # Those that are called by another name than their folder's.
-CALLED = {"causal_attention": "attention", "gelu_mlp": "mlp", "linear_cross_entropy": "cross_entropy"}
+CALLED = {"causal_attention": "attention", "causal_attention_packed": "attention"}
+CALLED |= {"gelu_mlp": "mlp", "linear_cross_entropy": "cross_entropy"}
 KNOWN_ARCHES = (80, 86, 89, 90, 100, 120)
 OVERVIEW = """\
 columns:
@@ -201,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
     if unknown := [arch for arch in options.arch if arch not in known]:
         parser.error(f"--arch must be one of {', '.join(map(str, known))}, got {unknown[0]}")
     options.op = CALLED.get(options.op, options.op)
-    if not any(options.op in op for op in OPS) and "liger" not in options.op:
+    if not any(options.op in op for op in OPS):
         parser.error(f"--op must be in the name of one of {', '.join(OPS)}, got {options.op}")
     reasons = {part: unavailable(part, options.liger) for part in options.of or PARTS}
     for part, reason in reasons.items():

@@ -72,7 +72,9 @@ def label(value: float) -> str:
     size = abs(value)
     if 1e4 <= size < 1e9:
         return f"{value / 1e3:g}k" if size < 1e6 else f"{value / 1e6:g}M"
-    return f"{value:.0e}".replace("e-0", "e-") if value and (size < 1e-3 or size >= 1e9) else f"{value:g}"
+    if value and (size < 1e-3 or size >= 1e9):
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:g}"
 
 
 def picture(description: str, parts: Sequence[str], height: int = HEIGHT) -> str:

@@ -41,12 +41,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def make_ready(path: Path) -> None:
     """Make the folder of a file that is written at the end of long work. RuntimeError where it could not be written."""
-    if path.is_dir():
-        raise RuntimeError(f"cannot write {path}: it is a folder: choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise RuntimeError(f"cannot write {path}: it is a folder: choose another name")
     except OSError as error:
-        raise RuntimeError(f"cannot write {path}: {error.strerror}: choose another place") from error
+        reason = "its folder is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise RuntimeError(f"cannot write {path}: {reason}: choose another place") from error
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise RuntimeError(f"cannot write {path}: its folder takes no files: choose another place")
 

@@ -392,6 +392,10 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr("benchmarks.cli.bench_ops", measured)
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    for out, why in (("file/x.json", "File exists"), ("folder.json", "it is a folder")):
+    for out, why in (
+        ("file/x.json", "its folder is a file"),
+        ("file/y/x.json", "its folder is a file"),
+        ("folder.json", "it is a folder"),
+    ):
         with pytest.raises(RuntimeError, match=f"cannot write .*{out}: {why}"):
             main(["ops", "--quick", "--out", str(tmp_path / out)])

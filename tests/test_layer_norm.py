@@ -28,7 +28,21 @@ from gptkernels.ops.layer_norm import reference
 
 BACKENDS = {**BACKENDS, **SIMT}
 backends, dtypes, cases = over({**BACKENDS, **CUDA})
-SMALL = [(1,), (7,), (1, 1), (1, 7), (3, 2), (2, 3, 8), (5, 33), (9, 64), (3, 384), (2, 1000), (1, 4099), (2, 7001)]
+SMALL = [
+    (1,),
+    (7,),
+    (1, 1),
+    (1, 7),
+    (3, 2),
+    (2, 3, 8),
+    (5, 33),
+    (9, 64),
+    (3, 384),
+    (2, 1000),
+    (1, 4099),
+    (2, 7001),
+    (2, 8200),
+]
 LARGE = [(67, 9), (2, 1, 5, 768), (130, 100), (33, 1000), (2000, 5)]
 EMPTY = [(0, 7), (3, 0, 5)]
 OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}

@@ -120,11 +120,12 @@ def test_numbers_on_axes_are_short():
     numbers = {
         0.0: "0",
         1e-4: "1e-4",
+        1.5e-4: "1.5e-4",
         0.25: "0.25",
         9000.0: "9000",
         2e4: "20k",
         -4e4: "-40k",
         2.5e6: "2.5M",
-        1e9: "1e+09",
+        1.5e9: "1.5e09",
     }
     assert {number: label(number) for number in numbers} == numbers

@@ -188,8 +188,11 @@ def test_the_tables(capsys):
     assert static_table.main(["--of", "simt", "--op", "cross", "--json"]) == 0
     rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
     assert {row["table"] for row in rows} == {"simt"} and all(row["conflicts"] == 0 for row in rows)
-    with pytest.raises(ValueError, match="no kernels of an operator called 'nothing'"):
-        static_table.main(["--of", "cuda", "--op", "nothing"])
+    assert static_table.main(["--of", "simt", "--op", "linear_cross_entropy"]) == 0
+    assert all(x.split()[1] == "cross_entropy" for x in capsys.readouterr().out.splitlines()[1:])
+    for table in (static_cuda.table([80], "nothing", 1), static_simt.table("nothing")):
+        with pytest.raises(ValueError, match="no kernels of an operator called 'nothing'"):
+            next(table)
 
 
 def test_a_table_that_cannot_be_made(capsys, monkeypatch):

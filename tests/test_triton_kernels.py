@@ -125,18 +125,24 @@ def test_gelu_beside_cublas(monkeypatch, dtype, approximate):
 
 @dtypes
 @pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.3, "seed": 5}], ids=["", "dropout"])
-def test_one_pass_attention_backward(monkeypatch, dtype, dropout):
+def test_one_pass_attention_backward(monkeypatch, any_order, dtype, dropout):
     """The form whose dq is added up by atomics."""
-    once = attention_kernels.backward_into
-    monkeypatch.setattr(attention_kernels, "backward_into", lambda *args: once(*args[:-1], True))
-    call = partial(causal_attention, **dropout)
+    backward_into, asked = attention_kernels.backward_into, []
+    monkeypatch.setattr(
+        attention_kernels, "backward_into", lambda *args: (asked.append(args[-1]), backward_into(*args))
+    )
+    call = partial(causal_attention, deterministic=False, **dropout)
     check_against_oracle(call, lambda seed: attention_inputs(1, 2, 70, 75, 24, dtype, seed), "triton", draws=1)
     check_against_oracle(
-        partial(causal_attention, scale=-0.3), lambda seed: attention_inputs(1, 1, 9, 9, 24, dtype, seed), "triton"
+        partial(causal_attention, deterministic=False, scale=-0.3),
+        lambda seed: attention_inputs(1, 1, 9, 9, 24, dtype, seed),
+        "triton",
     )
-    check_against_oracle(call, lambda seed: attention_inputs(1, 1, 35, 20, 136, dtype, seed), "triton", draws=1)
+    for D in (72, 136):
+        check_against_oracle(call, lambda seed, D=D: attention_inputs(1, 1, 35, 20, D, dtype, seed), "triton", draws=3)
     # One key, one weight of 1, and no gradient at all, not even a rounding error.
     check_against_oracle(call, lambda seed: attention_inputs(1, 2, 1, 1, 64, dtype, seed), "triton")
+    assert set(asked) == {True}
 
 
 @triton.jit

@@ -26,7 +26,7 @@ struct ForwardTile {
                          BLOCK_N = ARCH < 80 && D == 128 ? 32 : BLOCK_N_, THREADS = 32 * WARPS;
     static constexpr bool DROPOUT = DROPOUT_;
     // Fragments of Q, M_TILES of each of D / 16 steps, that stay in registers: as many as the accumulators leave room
-    // for.
+    // for, at D = 128 one (none on sm_90, where it would spill).
     static constexpr int KEPT = M_TILES * D <= 128 ? D / 16 * M_TILES : D == 128 && ARCH != 90 ? 1 : 0;
     static constexpr int SHARED_BYTES = (BLOCK_M + 2 * BLOCK_N) * D * (int)sizeof(T);
 };

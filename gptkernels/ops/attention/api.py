@@ -40,7 +40,7 @@ def causal_attention(
             same mask: Philox4x32-10 on the absolute (batch, head, row, column).
         deterministic: False allows a backward of one pass, 5 products instead of 7, in which fp32 atomics add up dq in no
             fixed order, so that its last bits vary. triton has one, cuda and simt in 16 bits; the others ignore it, and
-            so does everything under torch.use_deterministic_algorithms(True).
+            so does everything where torch.use_deterministic_algorithms(True) holds during the forward.
         backend: "auto", "reference", "cpu", "triton", "cuda" or "simt" (all but the reference D <= 256; cuda and simt
             copy inputs whose rows do not start on 16 bytes or whose D is no multiple of 8).
     Returns:

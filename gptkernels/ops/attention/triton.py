@@ -121,14 +121,14 @@ def key_gradient_tiles(
         if D <= 64 and not atomics:
             return tile(32, 32, FLOAT_PART, D)
         if 64 < D <= 128 and dropout:
-            return tile(32, 16, FLOAT_PART, D)
+            return tile(16 if atomics else 32, 16, FLOAT_PART, D)
         return tile(16, 32, FLOAT_PART, D, num_warps=8 if D > 128 or (atomics and D > 64) else 4)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D > 128:
             return tile(16, 32 if atomics or dropout else 64, 128, D, num_warps=8)
         if D > 64:
             return tile(16 if atomics else 32, 64, part_of(D), D)  # 64 rows spill
-        return tile(64, 64, part_of(D), D)
+        return tile(32 if dropout and atomics else 64, 64, part_of(D), D)
     roomy = shared_memory >= DATA_CENTRE_SHARED_MEMORY and not atomics
     if D <= 64:
         return tile(32, 64, 64, D) if dropout else tile(32 if roomy else 16, 128, 64, D)

@@ -31,7 +31,7 @@ MaybeTensor = Tensor | None
 
 # Columns a warp owns: 32 or 26 a lane, at which a forward takes 76 registers and a backward, which also holds the fp32
 # sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only, in 16
-# warps of 128 registers, which a barrier after each part makes suffice: without it later parts are loaded ahead.
+# warps of 128 registers, of which a barrier after each part lets few spill: without it later parts are loaded ahead.
 FORWARD_COLUMNS, BACKWARD_COLUMNS, KEPT_COLUMNS = 1024, 832, 8 * 832
 # Backward warps a processor, all of which are resident (as many registers as they have allow 12). Timed on an H200 with
 # 65536 rows of 768 in bfloat16: 290, 183, 160, 232 us with 4, 8, 12, 16. A program has at least 4 rows: its own fp32 rows
@@ -106,21 +106,9 @@ def centre(part, mean, i: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    total_ptr,
-    mean_ptr,
-    rstd_ptr,
-    N,
-    eps,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr, N, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """y, total, mean and rstd of ROWS rows; a pointer that is None stands for no residual, weight or bias."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     first = tl.zeros((1,), tl.int64)
@@ -216,22 +204,9 @@ def sums_of_reloaded(
 
 @triton.jit
 def backward_kernel(
-    dy_ptr,
-    dtotal_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    N,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-    RELOAD: tl.constexpr,
-):
+    dy_ptr, dtotal_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, N,
+    C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
     """dx of every PROGRAMS-th group of ROWS rows, and these rows' sums dweight and dbias as one fp32 row each.
 
     With RELOAD a row is read a second time (from L2) instead of being kept: beside the sums it does not fit.
@@ -391,7 +366,8 @@ def layer_norm_backward(
     dx = torch.empty_like(x)
     dweight = like.new_empty((0 if weight is None else C,))
     dbias = like.new_empty((C if has_bias else 0,))
-    programs, backward, add = backward_plans(mean.numel(), C, min(dy.itemsize, x.itemsize), x.device)
+    which = max if C > KEPT_COLUMNS else min  # beside the sums no registers are left for more than 16 bytes of any
+    programs, backward, add = backward_plans(mean.numel(), C, which(dy.itemsize, x.itemsize), x.device)
     sums = [x.new_empty((programs, C), dtype=torch.float32) if g.numel() else None for g in (dweight, dbias)]
     backward.launch(dy, dtotal, x, weight, mean, rstd, dx, *sums)
     if sums[0] is not None or sums[1] is not None:
