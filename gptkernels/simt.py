@@ -7,6 +7,9 @@
 Counts are of warp-instructions. Sectors are the distinct 32-byte pieces of global memory that an instruction touches and
 ideal_sectors what its bytes would fill; wavefronts are passes through the banks of shared memory, and those beyond
 ideal_wavefronts are bank conflicts.
+
+A lane's k-th access at a place of the code counts as one instruction with the other lanes' k-th there. Where some lanes skip
+one in an unrolled loop (a head dim between two tiles, a ragged last column) these shift, and counts are off by a few percent.
 """
 
 from __future__ import annotations
