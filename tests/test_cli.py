@@ -88,7 +88,7 @@ def test_data(call, run):
         ("train tiny --resume RUN", 2, "--resume takes the run's own settings"),
         ("train --resume RUN --print-config", 2, "--print-config shows a new run's settings"),
         ("train --resume RUN n_layer=5 steps=99", 1, "model.n_layer must stay 2"),
-        ("train --resume nowhere", 1, "RUN must be a run folder with a checkpoint"),
+        ("train --resume nowhere", 1, "RUN must be a run folder to go on with, got nowhere: look under runs/"),
         ("train tiny data=nowhere", 1, "or a file or folder that exists, got 'nowhere'"),
         ("sample", 2, "sample takes RUN and one"),
         ("sample nowhere", 1, "RUN must be a run folder"),
