@@ -21,6 +21,7 @@ from gptkernels.static_native import CUDA, SIMT, cuda_text, line, simt_text
 
 PARTS = ("triton", "cuda", "simt")
 OPS = ("attention", "layer_norm", "mlp", "cross_entropy", "linear")
+LIGER = ("liger layer_norm", "liger cross_entropy")
 # Those that are called by another name than their folder's.
 CALLED = {"causal_attention": "attention", "causal_attention_packed": "attention"}
 CALLED |= {"gelu_mlp": "mlp", "linear_cross_entropy": "cross_entropy"}
@@ -203,7 +204,10 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--arch must be one of {', '.join(map(str, known))}, got {unknown[0]}")
     options.op = CALLED.get(options.op, options.op)
     if not any(options.op in op for op in OPS):
-        parser.error(f"--op must be in the name of one of {', '.join(OPS)}, got {options.op}")
+        names = (*OPS, *LIGER) if options.liger and options.of in (None, ["triton"]) else OPS
+        if not any(options.op in op for op in names):
+            parser.error(f"--op must be in the name of one of {', '.join(names)}, got {options.op}")
+        options.of = ["triton"]  # the one table that has Liger's
     reasons = {part: unavailable(part, options.liger) for part in options.of or PARTS}
     for part, reason in reasons.items():
         if reason:

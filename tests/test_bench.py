@@ -392,10 +392,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeyp
     monkeypatch.setattr("benchmarks.cli.bench_ops", measured)
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    for out, why in (
-        ("file/x.json", "its folder is a file"),
-        ("file/y/x.json", "its folder is a file"),
-        ("folder.json", "it is a folder"),
-    ):
+    for out in ("file/x.json", "file/y/x.json", "folder.json"):
+        why = "it is a folder" if out == "folder.json" else "its folder is a file"
         with pytest.raises(RuntimeError, match=f"cannot write .*{out}: {why}"):
             main(["ops", "--quick", "--out", str(tmp_path / out)])

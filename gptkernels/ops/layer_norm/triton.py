@@ -288,7 +288,7 @@ def sum_kernel(
 
 @cache
 def tiles(C: int, itemsize: int, backward: bool = False) -> dict[str, int]:
-    """Constexprs and warps for rows of C elements whose narrowest tensor has itemsize bytes an element."""
+    """Constexprs and warps for rows of C elements, of which a lane takes 16 bytes at once where one has itemsize."""
     columns = BACKWARD_COLUMNS if backward else FORWARD_COLUMNS
     warps = min(16, triton.next_power_of_2(triton.cdiv(C, columns)))
     block = warps * 32 * (16 // itemsize)
