@@ -167,9 +167,10 @@ def sample_command(args: argparse.Namespace) -> int:
     prompt = as_usage(tokenizer.encode, text)
     text = text.removeprefix(END_OF_TEXT)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    tokens = as_usage(generate, model, prompt, args.tokens, vocabulary=len(tokenizer), **sampling)
     sys.stdout.write(text)
     text_of = tokenizer.decoder()
-    for token in generate(model, prompt, args.tokens, vocabulary=len(tokenizer), **sampling):
+    for token in tokens:
         sys.stdout.write(text_of(token))
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -149,7 +149,10 @@ def compare_and_show(args: argparse.Namespace) -> Comparison:
     what, dtype = subject(args.name, args.overrides, args.seed), DTYPES[args.dtype]
     backends = FastGPT.from_reference(what.weights, backend=args.backend).backends(dtype)
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
-    print(f"backend {args.backend}: {describe_backends(backends, 'cpu')}\n", flush=True)
+    print(f"backend {args.backend}: {describe_backends(backends, 'cpu')}")
+    if (trained := what.config.train.backend) not in ("auto", args.backend):
+        print(f"the run was trained with backend={trained}: --backend {trained} compares that one")
+    print(flush=True)
     if args.report:  # what cannot be written is said before the work
         make_ready(args.report)
     slow = count_parameters(what.weights) >= SLOW_PARAMETERS

@@ -18,9 +18,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def as_usage(call: Callable[..., Any], *args: Any) -> Any:
+def as_usage(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call, with a wrong value counted as a wrong command line."""
     try:
-        return call(*args)
+        return call(*args, **kwargs)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

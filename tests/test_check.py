@@ -139,10 +139,11 @@ def test_a_fault_in_the_backward_alone_fails_in_gradients_and_training(capsys, m
 def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh " * 100)
-    config, _ = resolve("tiny", [f"data={text}", f"out={tmp_path}", "name=a", "steps=5", "n_embd=16"])
+    config, _ = resolve("tiny", [f"data={text}", f"out={tmp_path}", "name=a", "steps=5", "n_embd=16", "backend=cpu"])
     train(config, quiet=True)
     status, result, lines = check(capsys, str(tmp_path / "a"), "--steps", "2")
     assert result["name"] == str(tmp_path / "a") and f"trained weights, text: {text}" in lines[0]
+    assert lines[2] == "the run was trained with backend=cpu: --backend cpu compares that one"
     assert status == 0 and result["passed"], [row for row in result["rows"] if not row["passed"]]
 
 

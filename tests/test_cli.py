@@ -42,6 +42,8 @@ def test_sample_is_reproducible(call, run):
     assert call("sample", str(run), "To be", "--tokens", "40", "--seed", "0")[1] == text
     assert call("sample", "--tokens", "40", str(run), "--seed", "1", "To be")[1] != text
     assert call("sample", str(run / LAST), "--tokens", "3")[1].startswith("\n")
+    status, text, err = call("sample", str(run), "")
+    assert status == 2 and text == "" and "the prompt must hold at least one token" in err
 
 
 def test_sample_last_is_the_last_checkpoint(call, run, tmp_path):
