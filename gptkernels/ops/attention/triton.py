@@ -105,7 +105,8 @@ def query_gradient_tiles(
     if D <= 64:
         return tile(128, 32, 32 if dropout else 64, D, held=not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY)
     if D <= 128:
-        return tile(128 if not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY else 64, 32, 64, D)
+        roomy = not dropout and shared_memory >= DATA_CENTRE_SHARED_MEMORY
+        return tile(128, 32, 32, D) if roomy else tile(64, 32, 64, D)
     return tile(64, 16, 64, D, num_warps=8 if dropout and shared_memory < DATA_CENTRE_SHARED_MEMORY else 4)
 
 

@@ -73,18 +73,26 @@ def query_gradient_keys(
     """dq += dS K over the keys [first, last)."""
     BLOCK_M: tl.constexpr = q[0].shape[0]
     EXACT: tl.constexpr = q[0].dtype == tl.float32
+    # dp begun from -delta saves a subtraction, but not where dropout scales it first, nor in the wide tiles whose sums
+    # wgmma and tcgen05 begin from zero at no cost.
+    BEGUN: tl.constexpr = not DROPOUT and BLOCK_M * BLOCK_N <= 4096
     for n in range(first, last, BLOCK_N):
         k = load_tile(k_ptr, n, stride_kt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
         v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
+        terms = delta[:, None]
+        dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dp = inner_product(dp - terms if BEGUN else dp, dout, v, PRECISION)
         scores = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION)
         p = weights(scores, shift[:, None], log_sum[:, None], scale_log2, EXACT)
-        dp = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), dout, v, PRECISION)
         if DROPOUT:
-            dp = tl.where(dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N), dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
+            keep = dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        if not BEGUN:
+            dp -= terms
         if MASKED:
             row = (m + offset + tl.arange(0, BLOCK_M))[:, None]
-            ds = tl.where((n + tl.arange(0, BLOCK_N))[None, :] <= row, ds, 0.0)
+            p = tl.where((n + tl.arange(0, BLOCK_N))[None, :] <= row, p, 0.0)
+        ds = p * dp
         dq = add_product(dq, ds, k, PRECISION)
     return dq
 
@@ -146,13 +154,14 @@ def query_gradient_kernel(
         dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, 0, free, m, b, h, S, offset, scale_log2, seed, threshold,
         keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, False, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
+    # The checks here and of the store are for their addresses: those of the free loop would be spilled meanwhile.
     dq = query_gradient_keys(
         dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, free, last, m, b, h, S, offset, scale_log2, seed, threshold,
-        keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, True, CHECK_S, DROPOUT, INT64, PRECISION,
+        keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, True, True, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
     dq_ptr = head_of(dq_ptr, stride_dqb, stride_dqh, UNIT, b, h)
-    dq_at = row_offsets(BLOCK_M, stride_dqt, INT64)
-    store_tile(dq_ptr, m, stride_dqt, dq_at, T, CHECK_T, D, scaled(dq, scale))
+    dq_at = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None] * stride_dqt
+    store_tile(dq_ptr, 0, stride_dqt, dq_at, T - m, True, D, scaled(dq, scale))
 
 
 @triton.jit
