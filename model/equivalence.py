@@ -151,7 +151,7 @@ def compare_and_show(args: argparse.Namespace) -> Comparison:
     print(f"check {' '.join([what.name, *args.overrides])}, {args.dtype}: {what.description}")
     print(f"backend {args.backend}: {describe_backends(backends, 'cpu')}")
     if (trained := what.config.train.backend) not in ("auto", args.backend):
-        print(f"the run was trained with backend={trained}: --backend {trained} compares that one")
+        print(f"its configuration trains with backend={trained}: --backend {trained} compares that one")
     print(flush=True)
     if args.report:  # what cannot be written is said before the work
         make_ready(args.report)

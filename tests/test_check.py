@@ -143,7 +143,7 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
     train(config, quiet=True)
     status, result, lines = check(capsys, str(tmp_path / "a"), "--steps", "2")
     assert result["name"] == str(tmp_path / "a") and f"trained weights, text: {text}" in lines[0]
-    assert lines[2] == "the run was trained with backend=cpu: --backend cpu compares that one"
+    assert lines[2] == "its configuration trains with backend=cpu: --backend cpu compares that one"
     assert status == 0 and result["passed"], [row for row in result["rows"] if not row["passed"]]
 
 

@@ -79,16 +79,15 @@ def query_gradient_keys(
     for n in range(first, last, BLOCK_N):
         k = load_tile(k_ptr, n, stride_kt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
         v = load_tile(v_ptr, n, stride_vt, BLOCK_N, S, MASKED and CHECK_S, D, WIDTHS, INT64)
-        terms = delta[:, None]
         dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        dp = inner_product(dp - terms if BEGUN else dp, dout, v, PRECISION)
+        dp = inner_product(dp - delta[:, None] if BEGUN else dp, dout, v, PRECISION)
         scores = inner_product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), q, k, PRECISION)
         p = weights(scores, shift[:, None], log_sum[:, None], scale_log2, EXACT)
         if DROPOUT:
             keep = dropout_keep(seed, threshold, b, h, m + offset, BLOCK_M, n, BLOCK_N)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         if not BEGUN:
-            dp -= terms
+            dp -= delta[:, None]
         if MASKED:
             row = (m + offset + tl.arange(0, BLOCK_M))[:, None]
             p = tl.where((n + tl.arange(0, BLOCK_N))[None, :] <= row, p, 0.0)
@@ -154,7 +153,8 @@ def query_gradient_kernel(
         dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, 0, free, m, b, h, S, offset, scale_log2, seed, threshold,
         keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, False, CHECK_S, DROPOUT, INT64, PRECISION,
     )  # fmt: skip
-    # The checks here and of the store are for their addresses: those of the free loop would be spilled meanwhile.
+    # Rows are checked here and by the store, which also counts them from the head's first, whether or not that is needed:
+    # so addresses are computed anew, where those of the loads above would be spilled meanwhile.
     dq = query_gradient_keys(
         dq, q, dout, shift, log_sum, delta, k_ptr, v_ptr, free, last, m, b, h, S, offset, scale_log2, seed, threshold,
         keep_scale, stride_kt, stride_vt, D, WIDTHS, BLOCK_N, True, True, DROPOUT, INT64, PRECISION,
