@@ -7,7 +7,7 @@
 Tiling: a row is cut into parts of BLOCK columns, one 16-byte vector of the narrowest tensor a lane, and a tail that is
 the next power of two: 768 bfloat16 are 3 x 256, and nothing is padded. Parts are added lane by lane before lanes are
 added, so a row costs one reduction a sum however many parts it has. A lane owns up to 32 columns in fp32 registers; one
-warp owns a row of up to 1024 columns (no shared memory, no barrier), 16 warps one of 16384. Rows of one part or less
+warp owns a row of up to 1024 columns (no shared memory, no barrier), 16 (backward 8) one of 16384. Rows of one part or less
 share a program: a lane then owns 16 numbers of several rows.
 Bytes a row: x, residual in, y, total out, C elements each (backward: dy, dtotal, x in, dx out), weight and bias from L1:
 memory binds, with about 14 instructions an element in the way (backward 22, and 4 in the second kernel at 256 rows).
@@ -30,10 +30,10 @@ from gptkernels.triton_launch import Plan, limits
 MaybeTensor = Tensor | None
 
 # Columns a warp owns: 32 or 26 a lane, at which a forward takes 76 registers and a backward, which also holds the fp32
-# sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only, in 16
-# warps of 128 registers, of which a barrier after each part lets few spill: without it later parts are loaded ahead.
-FORWARD_COLUMNS, BACKWARD_COLUMNS, KEPT_COLUMNS = 1024, 832, 8 * 832
-RELOAD_LANES = tl.constexpr(16 * 32)
+# sums of dweight and dbias, 200. Beyond 8 warps of 26 the backward reads its rows twice and keeps the sums only. They stay
+# 8 warps: 16 of 128 registers spill at 16384 columns.
+FORWARD_COLUMNS, BACKWARD_COLUMNS, WIDEST_BACKWARD = 1024, 832, 8
+KEPT_COLUMNS, RELOAD_LANES = WIDEST_BACKWARD * BACKWARD_COLUMNS, tl.constexpr(WIDEST_BACKWARD * 32)
 # Backward warps a processor, all of which are resident (as many registers as they have allow 12). Timed on an H200 with
 # 65536 rows of 768 in bfloat16: 290, 183, 160, 232 us with 4, 8, 12, 16. A program has at least 4 rows: its own fp32 rows
 # do not dominate.
@@ -168,13 +168,19 @@ def add_product(acc, a, b, i: tl.constexpr):
 
 
 @triton.jit
+def sum_of_rows(acc):
+    """(1, columns) sum of acc's rows; of a single row not by a reduction, which would leave it in another layout."""
+    return tl.sum(acc, 0)[None, :] if acc.shape[0] > 1 else acc
+
+
+@triton.jit
 def load_gradient_part(
     dy_ptr, x_ptr, weight_ptr, mean, rstd, i: tl.constexpr, rows, N,
     C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dy, xhat and wdy of part i. Padding needs no mask: dy is 0 there, and so is every product with it."""
-    dy = load_part(dy_ptr, i, rows, N, C, BLOCK, TAIL)
     xhat = (load_part(x_ptr, i, rows, N, C, BLOCK, TAIL) - mean) * rstd
+    dy = load_part(dy_ptr, i, rows, N, C, BLOCK, TAIL)
     wdy = dy
     if weight_ptr is not None:
         wdy = dy * load_part(weight_ptr, i, tl.zeros((1,), tl.int64), 1, C, BLOCK, TAIL)
@@ -185,14 +191,16 @@ def load_gradient_part(
 def sums_of_reloaded(
     dy_ptr, x_ptr, weight_ptr, mean, rstd, rows, N, C: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """(1, 1) sums of wdy and wdy xhat of a row that is not kept: a loop, so that one part at a time is in registers.
+    """(1, 1) sums of wdy and wdy xhat of a row that is not kept: a loop, so that few parts at a time are in registers.
 
-    A lane adds its own columns of a part first, so that it keeps one number of each sum.
+    A lane adds its own columns of a part first, so that it keeps one number of each sum. Four parts of 16-bit numbers a
+    step or two of fp32, 8 warps' worth of registers, are more bytes under way than 16 warps have with one.
     """
+    unroll: tl.constexpr = BLOCK // (2 * RELOAD_LANES)
     lanes: tl.constexpr = (1, RELOAD_LANES, BLOCK // RELOAD_LANES)
     acc_a = tl.zeros((1, RELOAD_LANES), tl.float32)
     acc_b = tl.zeros((1, RELOAD_LANES), tl.float32)
-    for start in tl.range(0, C // BLOCK * BLOCK, BLOCK, loop_unroll_factor=1):
+    for start in tl.range(0, C // BLOCK * BLOCK, BLOCK, loop_unroll_factor=unroll, disable_licm=True):
         weight_part_ptr = weight_ptr + start if weight_ptr is not None else None
         _, xhat, wdy = load_gradient_part(
             dy_ptr + start, x_ptr + start, weight_part_ptr, mean, rstd, 0, rows, N, C, BLOCK, TAIL
@@ -247,19 +255,17 @@ def backward_kernel(
             dx = (wdy - a - xhat * b) * rstd
             if dtotal_ptr is not None:
                 dx += load_part(dtotal_ptr, i, rows, N, C, BLOCK, TAIL)
-            store_part(dx_ptr, dx, i, rows, N, C, BLOCK)
             if dweight_ptr is not None:
                 dweight = add_product(dweight, dy, xhat, i)
             if dbias_ptr is not None:
                 dbias = add_product(dbias, dy, 1.0, i)
-            if RELOAD:
-                tl.debug_barrier()  # one part at a time: see the registers of KEPT_COLUMNS
+            store_part(dx_ptr, dx, i, rows, N, C, BLOCK)
     row = (program + tl.zeros((1,), tl.int32)).to(tl.int64)
     for i in tl.static_range(len(dbias)):
         if dweight_ptr is not None:
-            store_part(dweight_ptr, tl.sum(dweight[i], 0)[None, :], i, row, 0, C, BLOCK)
+            store_part(dweight_ptr, sum_of_rows(dweight[i]), i, row, 0, C, BLOCK)
         if dbias_ptr is not None:
-            store_part(dbias_ptr, tl.sum(dbias[i], 0)[None, :], i, row, 0, C, BLOCK)
+            store_part(dbias_ptr, sum_of_rows(dbias[i]), i, row, 0, C, BLOCK)
 
 
 @triton.jit
@@ -296,7 +302,7 @@ def sum_kernel(
 def tiles(C: int, itemsize: int, backward: bool = False) -> dict[str, int]:
     """Constexprs and warps for rows of C elements, of which a lane takes 16 bytes at once where one has itemsize."""
     columns = BACKWARD_COLUMNS if backward else FORWARD_COLUMNS
-    warps = min(16, triton.next_power_of_2(triton.cdiv(C, columns)))
+    warps = min(WIDEST_BACKWARD if backward else 16, triton.next_power_of_2(triton.cdiv(C, columns)))
     block = warps * 32 * (16 // itemsize)
     rows = 1
     if block >= C:
