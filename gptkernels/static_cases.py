@@ -49,14 +49,15 @@ def cases() -> list[Case]:
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     B, T, H = 8, 1024, 12
-    kinds = itertools.product((64, 128, 256), ("", " dropout", " T=1000", " atomics", " dropout atomics"))
-    for D, kind in (*kinds, (32, ""), (80, "")):
+    kinds = ("", " dropout", " T=1000", " atomics", " dropout atomics", " dropout T=1000", " contiguous dout")
+    for D, kind in (*itertools.product((64, 128, 256), kinds), (32, ""), (80, "")):
 
         def call(make: Make, D: int = D, kind: str = kind) -> None:
             dropout_p, seed = (0.1, make(1, dtype=torch.int64)) if "dropout" in kind else (0.0, None)
-            q, k, v = make(3, B, H, 1000 if kind == " T=1000" else T, D).unbind()
+            q, k, v, dout = make(4, B, H, 1000 if "T=1000" in kind else T, D).unbind()
             out, stats = attention.attention_forward(q, k, v, D**-0.5, dropout_p, seed)
-            attention.attention_backward(out, q, k, v, out, stats, D**-0.5, dropout_p, seed, "atomics" in kind)
+            dout = dout if "dout" in kind else out  # a model's has the strides of out, (B, T, H, D)
+            attention.attention_backward(dout, q, k, v, out, stats, D**-0.5, dropout_p, seed, "atomics" in kind)
 
         yield Case("attention", f"D={D}{kind}", dtype, call, usual=D in (64, 128) and not kind)
 

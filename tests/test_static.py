@@ -56,8 +56,11 @@ def test_registers_suffice_on_sm_80(size):
         assert static.problems(found, case.dtype) == [], f"{launch.name}: {found}"
 
 
-@pytest.mark.parametrize("size, arch", [("D=256 atomics", 80), ("D=256 dropout", 90)])
-def test_registers_suffice_at_head_dim_256(size, arch):
+RAGGED = [("D=64 dropout T=1000", 90), ("D=128 dropout T=1000", 90), ("D=256 T=1000", 90)]
+
+
+@pytest.mark.parametrize("size, arch", [("D=256 atomics", 80), ("D=256 dropout", 90), *RAGGED])
+def test_registers_suffice_for_key_gradients(size, arch):
     """Where dq's sums or dropout's words are beside those of dk and dv."""
     case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", size, torch.bfloat16))
     with static.recorded(arch) as launches:

@@ -112,11 +112,12 @@ def query_gradient_tiles(
 
 @functools.cache
 def key_gradient_tiles(
-    dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False, atomics: bool = False
+    dtype: torch.dtype, D: int, shared_memory: int, dropout: bool = False, atomics: bool = False, ragged: bool = False
 ) -> dict[str, Any]:
     """Tile of dk and dv. Both have D columns: above 64, 16 rows a warp; above 128 a warp has part of the columns instead.
 
-    With atomics dq's sums take registers too, so tiles are smaller.
+    With atomics dq's sums take registers too, so tiles are smaller; so do the addresses of ragged rows or keys, no multiple
+    of 64: what fits without them would spill (sm_90; the smaller tiles take 8 to 16 % more instructions).
     """
     if dtype == torch.float32:
         if D <= 64 and not atomics:
@@ -126,10 +127,12 @@ def key_gradient_tiles(
         return tile(16, 32, FLOAT_PART, D, num_warps=8 if D > 128 or (atomics and D > 64) else 4)
     if shared_memory >= WIDE_SHARED_MEMORY:
         if D > 128:
-            return tile(16, 32 if atomics or dropout else 64, 128, D, num_warps=8)
+            return tile(16, 32 if atomics or dropout or ragged else 64, 128, D, num_warps=8)
+        if D > 64 and dropout and ragged and not atomics:
+            return tile(32, 128, part_of(D), D, num_warps=8)
         if D > 64:
             return tile(16 if atomics else 32, 64, part_of(D), D)  # 64 rows spill
-        return tile(32 if dropout and atomics else 64, 64, part_of(D), D)
+        return tile(32 if dropout and (atomics or ragged) else 64, 64, part_of(D), D)
     roomy = shared_memory >= DATA_CENTRE_SHARED_MEMORY and not atomics
     if D <= 64:
         return tile(32, 64, 64, D) if dropout else tile(32 if roomy else 16, 128, 64, D)
@@ -216,7 +219,7 @@ def backward_plans(
         return flat, tuple(strides[i][2] for i in which)
 
     row_tiles = query_gradient_tiles(dtype, D, memory, dropout_p > 0.0, tensor_memory)
-    key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0, atomics)
+    key_tiles = key_gradient_tiles(dtype, D, memory, dropout_p > 0.0, atomics, T % 64 > 0 or S % 64 > 0)
     row_constants = constants_of(row_tiles, shape, S, unit, dropout_p, int64, tf32)
     row_kernel = row_terms_kernel if atomics else query_gradient_kernel
     if atomics:
