@@ -222,9 +222,10 @@ def factor(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is made of the tensors; raises where that is a derivative in forward mode."""
+    """Whether autograd records what is made of the tensors; raises where it cannot by an autograd.Function of ours."""
     check_tangents(*tensors)
     if torch.is_grad_enabled():
+        check_transforms(*tensors)
         for x in tensors:  # any() of a generator takes as long again
             if x is not None and x.requires_grad:
                 return True
@@ -247,6 +248,23 @@ def check_tangents(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError("derivatives in forward mode (jvp) need backend='reference': the native kernels have none")
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Raise for gradients under torch.func's transforms, which are more than an autograd.Function of ours has.
+
+    vmap alone hides that a tensor requires a gradient, and would lose it without a word.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for x in tensors:
+        while x is not None and not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+        if x is not None and x.requires_grad:
+            raise RuntimeError(
+                "gradients under torch.func (grad, vjp, jacrev, vmap) need backend='reference': the native kernels have "
+                "them for backward() and torch.autograd.grad"
+            )
 
 
 def check_backward() -> None:

@@ -161,8 +161,10 @@ class FastGPT(nn.Module):
         """The tokens' rows (B, T, C) of the embedding table, and the table that the head multiplies by."""
         table = self.transformer.wte.weight
         tied_on_cpu = self.config.tie and table.device.type == "cpu"
-        # A compiled graph serves any number of tokens: it must not ask how many there are.
-        if tied_on_cpu and not torch.compiler.is_compiling() and table.shape[0] > idx.numel():
+        # A compiled graph serves any number of tokens: it must not ask how many there are. torch.func would have TiedLookUp
+        # in another form.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if tied_on_cpu and not traced and table.shape[0] > idx.numel():
             return TiedLookUp.apply(table, idx)
         return F.embedding(idx, table), self.lm_head.weight
 

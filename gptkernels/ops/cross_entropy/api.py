@@ -125,6 +125,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * dloss, rounded once, in place where the dtype stays."""
+    if torch._C._functorch.is_legacy_batchedtensor(dloss):  # of is_grads_batched: several factors at once
+        return (gradient * dloss).to(dtype)
     # On a GPU the scale is not looked at: the host would wait for it.
     one = not dloss.is_cuda and dloss.item() == 1.0
     if gradient.dtype == dtype:
