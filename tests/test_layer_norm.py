@@ -280,7 +280,7 @@ x, w = torch.zeros(4, 8), torch.zeros(8)
         ((x, w[:7]), {}, ValueError, r"weight must be \(8,\) for x \(4, 8\), got \(7,\)"),
         ((x, None, w[:1]), {}, ValueError, r"bias must be \(8,\) for x \(4, 8\), got \(1,\)"),
         ((x, w.to("meta")), {}, ValueError, "weight must be on x's device cpu, got meta: move one of them"),
-        ((x, w.bfloat16()), {}, TypeError, "weight must be in x's dtype torch.float32 or float32, got torch.bfloat16"),
+        ((x, w.bfloat16()), {}, TypeError, "weight must be in x's dtype torch.float32, got torch.bfloat16"),
         ((x.bfloat16(), w, w.bfloat16()), {}, TypeError, "weight and bias must have one dtype, got torch.float32 and"),
         ((x, w), {"residual": x[:1]}, ValueError, r"residual must have x's shape and device, got \(1, 8\) on cpu"),
         ((x, w), {"residual": x.to("meta")}, ValueError, "residual must have x's shape and device, got .* on meta"),

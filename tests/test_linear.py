@@ -176,7 +176,7 @@ x, w, b = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(5)
         ((x[:, :7], w), ValueError, r"x must be \(..., C_in\) and weight"),
         ((torch.tensor(1.0), w), ValueError, r"x must be \(..., C_in\) and weight"),
         ((x.int(), w.int()), TypeError, "x must be floating point, got torch.int32: convert it"),
-        ((x, w.bfloat16()), TypeError, "weight must be in x's dtype torch.float32 or float32, got torch.bfloat16"),
+        ((x, w.bfloat16()), TypeError, "weight must be in x's dtype torch.float32, got torch.bfloat16"),
         ((x, w.to("meta")), ValueError, "weight must be on x's device cpu, got meta: move one of them"),
         ((x, w, b[:4]), ValueError, r"bias must be \(5,\), got \(4,\)"),
         ((x, w, b[:, None]), ValueError, r"bias must be \(5,\), got \(5, 1\)"),

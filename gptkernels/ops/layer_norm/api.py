@@ -115,7 +115,8 @@ def check_vector(name: str, vector: Tensor, shape: torch.Size, dtype: torch.dtyp
     if vector.device != device:
         raise ValueError(f"{name} must be on x's device {device}, got {vector.device}: move one of them")
     if vector.dtype != dtype and vector.dtype != torch.float32:
-        raise TypeError(f"{name} must be in x's dtype {dtype} or float32, got {vector.dtype}: convert it")
+        or_float = "" if dtype == torch.float32 else " or float32"
+        raise TypeError(f"{name} must be in x's dtype {dtype}{or_float}, got {vector.dtype}: convert it")
 
 
 class LayerNorm(torch.autograd.Function):

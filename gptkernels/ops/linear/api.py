@@ -58,7 +58,8 @@ def check_weight(name: str, weight: Tensor, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it")
     if weight.dtype not in (x.dtype, torch.float32, autocast_dtype(x)):
-        raise TypeError(f"{name} must be in x's dtype {x.dtype} or float32, got {weight.dtype}: convert one of them")
+        or_float = "" if x.dtype == torch.float32 else " or float32"
+        raise TypeError(f"{name} must be in x's dtype {x.dtype}{or_float}, got {weight.dtype}: convert one of them")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {weight.device}: move one of them")
 
