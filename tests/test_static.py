@@ -62,7 +62,7 @@ RAGGED = [("D=64 dropout T=1000", 90), ("D=128 dropout T=1000", 90), ("D=256 T=1
 
 @pytest.mark.parametrize("size, arch", [("D=256 atomics", 80), ("D=256 dropout", 90), *RAGGED])
 def test_registers_suffice_for_key_gradients(size, arch):
-    """Where dq's sums or dropout's words are beside those of dk and dv."""
+    """Where dq's sums, dropout's words or the addresses of ragged rows are beside the sums of dk and dv."""
     case = next(c for c in cases() if (c.op, c.size, c.dtype) == ("attention", size, torch.bfloat16))
     with static.recorded(arch) as launches:
         case.run(f"cuda:{arch}")
