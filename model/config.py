@@ -91,7 +91,9 @@ class TrainConfig:
     beta2: float = key(0.95, "AdamW's decay of the mean squared gradient")
     weight_decay: float = key(0.1, "AdamW's decay of tensors with two or more dimensions")
     clip: float = key(1.0, "largest norm of the whole gradient; 0 turns clipping off")
-    ema: float = key(0.0, "decay of a moving average of the weights, which is what is evaluated then; 0 keeps none")
+    ema: float = key(
+        0.0, "decay of a moving average of the weights (less at first), which is what is evaluated then; 0 keeps none"
+    )
     eval_every: int = key(250, "steps between evaluations and checkpoints")
     eval_batches: int = key(20, "random batches of nanoGPT's way to evaluate; the full pass is always done as well")
     log_every: int = key(10, "steps between lines of metrics.csv and metrics.jsonl")

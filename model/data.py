@@ -159,16 +159,17 @@ def random_batch(
     stream: str = "train",
     rank: int = 0,
     ranks: int = 1,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets of a step, both (batch / ranks, context), the targets one token further: a rank's equal share.
 
     The windows of all ranks together are the same however many there are: at random places, but of shards in training
-    each one once an epoch.
+    each one once an epoch. Earlier steps of another batch have taken `offset` windows more than as many of this one.
     """
     if batch % ranks:
         raise ValueError(f"batch must be a multiple of the {ranks} ranks, got {batch}: change one of them")
     if isinstance(tokens, Shards) and stream == "train":
-        starts = tokens.epoch_starts(batch, context, seed, step)
+        starts = tokens.epoch_starts(offset + step * batch, batch, context, seed)
     else:
         starts = torch.randint(len(tokens) - context, (batch,), generator=generator(seed, stream, step))
     mine = starts.view(ranks, -1)[rank]

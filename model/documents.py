@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from model.shakespeare import nine_plays, tiny_shakespeare
 PIECE = 1 << 16
 # A line of more characters, such as a text that is one line, may be parted between words.
 LONG_LINE = 1 << 12
+# Characters of a document's end below which it is no part for validation: some lines.
+SHORTEST_PART = 400
 PYTHON = f"documentation of Python {sys.version.split()[0]}"
 PYTHON_TEXT_BYTES = 1_000_000
 
@@ -191,9 +193,31 @@ def scan(name: str, documents: list[Document], source: str, seen: Callable[[int]
     return Scan(kept, characters, words, digest.hexdigest())
 
 
+def cuts(characters: Sequence[int], val_fraction: float) -> list[int]:
+    """Where the validation part of each document of so many characters begins, -1 for all of it.
+
+    It is a document's end. Of many that are too short to be parted some are taken whole, evenly, so that they have their
+    share.
+    """
+    places = [int(count * (1.0 - val_fraction)) for count in characters]
+    short = [i for i, count in enumerate(characters) if count * val_fraction < SHORTEST_PART]
+    whole, owed = [], 0.0
+    for i in short:
+        owed += characters[i] * val_fraction
+        if round(owed) >= characters[i]:
+            owed -= characters[i]
+            whole.append(i)
+    if chosen := set(whole):
+        for i in short:
+            places[i] = -1 if i in chosen else characters[i]
+    return places
+
+
 def parts(document: Document, cut: int) -> tuple[Iterator[str], Iterator[str]]:
-    """The pieces before and from the first line that begins after character `cut`; read the first ones first."""
+    """The pieces before and from the first line that begins after character `cut`, all if it is -1; read the first ones first."""
     pieces = iter(document.pieces())
+    if cut < 0:
+        return iter(()), pieces
     rest: list[str] = []
 
     def before() -> Iterator[str]:

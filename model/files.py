@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -37,6 +38,24 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             f"cannot write {path}: {reason.strerror or reason}: make room there or choose another place "
             "(a file of this name that was there before is whole)"
         ) from error
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Inside, no other process holds the folder: RuntimeError where one does. One that dies lets go."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is writing {folder}: wait for its end, or choose another name"
+            ) from None
+        except OSError:
+            pass  # a disk on a network may know no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_ready(path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from model.config import Config
-from model.ranks import Ranks
+from model.ranks import Ranks, local_count
 
 Backends = Mapping[str, str]
 WEIGHT_BYTES, TRAINED_BYTES = 4, 12  # fp32: gradient and AdamW's two means
@@ -93,6 +95,19 @@ def gathered_bytes(config: Config, parameters: int, trained: int, accumulates: b
     block = 12 * m.n_embd**2 + (13 if m.bias else 2) * m.n_embd  # projections of attention and MLP, two norms
     weights = parameters - max(m.n_layer - 2, 0) * block
     return WEIGHT_BYTES * (weights + (trained if accumulates else min(weights, trained)))
+
+
+def host_room() -> int:
+    """Bytes of the host's memory that may still be taken, by each of the ranks on it."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+        if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+            free = min(free, int(most) - int(used.read_text(encoding="ascii")))
+    except (OSError, KeyError, ValueError):  # not Linux: what the machine has
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // local_count()
 
 
 def largest_micro(config: Config, sequences: int, room: int, backends: Backends) -> int:

@@ -21,6 +21,11 @@ class MicroBatch:
     first: int
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU or of the host has run out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def split(x: Tensor, y: Tensor, micro: int, device: torch.device, first: int = 0) -> list[MicroBatch]:
     """Micro batches on their way to the device; their shares make the sum of their losses the mean over all targets.
 

@@ -22,7 +22,7 @@ from model.data import generator
 from model.evaluate import loss_of
 from model.fast import Model
 from model.memory import parts_of
-from model.micro import MicroBatch, next_smaller, split
+from model.micro import MicroBatch, next_smaller, out_of_memory, split
 from model.parallel import like, replicate, shard, stand_in, synchronising, whole_norm
 from model.precision import make_scaler
 from model.ranks import Ranks
@@ -60,6 +60,14 @@ def learning_rate(step: int, config: Config) -> float:
     done = min(max(step - begin, 0.0) / max(t.steps - begin, 1), 1.0)
     share = 0.5 * (1.0 + math.cos(math.pi * done)) if t.schedule == "cosine" else 1.0 - math.sqrt(done)
     return t.min_lr + share * (t.lr - t.min_lr)
+
+
+def averaging(step: int, config: Config) -> float:
+    """The share of itself that the average of the weights keeps in a step, from 0: ema, and less in the first steps.
+
+    A constant one would hold on to the initial, random weights: 0.999 keeps an eighth of them after 2000 steps.
+    """
+    return min(config.train.ema, (1 + step) / (10 + step))
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -137,7 +145,7 @@ class Learner:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = whole_norm(gradients).to(loss.device)
         norms = layer_norms(self.model) if detailed else {}
-        self.update(loss, norm)
+        self.update(step, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(step, loss, norm, lr, norms)
 
@@ -183,7 +191,7 @@ class Learner:
             self.restore_whole(payload)
         if payload["scaler"]:  # none of a run that has not been in fp16 so far
             self.scaler.load_state_dict(payload["scaler"])
-        if self.config.train.micro_batch == "auto":
+        if self.config.train.micro_batch == payload["config"]["train.micro_batch"] == "auto":
             self.micro = payload["micro"]  # as it began, to be the same run
 
     def restore_parts(self, folder: Path) -> None:
@@ -249,11 +257,13 @@ class Learner:
                 if self.agreeing and self.tried != self.micro:
                     self.try_out(step, batches)
                 return self.accumulate(step, batches, weight)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 # In the middle of an exchange a rank cannot go back: others wait there for it.
                 if self.ranks.count > 1 and not isinstance(error, FullTogether):
                     raise self.too_large(str(error)) from error
-                reason = str(error)
+                reason = str(error) or "out of memory"
             # Outside of the except block, whose traceback would hold what the forward had kept.
             self.optimizer.zero_grad(set_to_none=True)
             self.shrink(len(x), reason)
@@ -285,8 +295,10 @@ class Learner:
         reason = ""
         try:
             result = work()
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error) or "out of memory"
         # The host's own exchange: it waits for no GPU.
         if self.ranks.any(bool(reason), torch.device("cpu")):
             raise FullTogether(reason or "on another rank")
@@ -345,7 +357,7 @@ class Learner:
         loss = loss if batch.share == 1.0 else loss * batch.share
         return loss if weight is None else loss * weight
 
-    def update(self, loss: Tensor, norm: Tensor) -> None:
+    def update(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Let the optimizer step, on the gradients clipped to the norm, unless something is not finite."""
         clip, optimizer = self.config.train.clip, self.optimizer
         # A gradient of fp16 that overflows is the scaler's business.
@@ -358,8 +370,7 @@ class Learner:
         optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.step()
         if self.average:
-            torch._foreach_lerp_(
-                self.average, [p.detach() for p in self.model.parameters()], 1.0 - self.config.train.ema
-            )
+            share = 1.0 - averaging(step, self.config)
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], share)
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         self.scaler.update()

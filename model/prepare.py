@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from model.data import longest_context, shard_dataset
-from model.documents import Scan, documents_of, parts, scan
+from model.documents import Scan, cuts, documents_of, parts, scan
 from model.fetch import sha256
-from model.files import sync_folder, user_path, write_text
+from model.files import hold, sync_folder, user_path, write_text
 from model.progress import Progress
 from model.report import duration
 from model.shards import (
@@ -74,7 +74,8 @@ def prepare(
     """Write the token shards of a source and return their folder.
 
     tokenizer is bpe (trained here, of that vocabulary), gpt2:PLACE, or the path of a tokenizer.json, a merges file or a
-    folder with one. The last val_fraction of each document, from a line's beginning on, is for validation.
+    folder with one. The last val_fraction of each document, from a line's beginning on, is for validation; of short ones
+    as many whole ones.
     """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"the validation share must be between 0 and 1, got {val_fraction}")
@@ -130,8 +131,8 @@ def trained_tokenizer(found: Scan, val_fraction: float, vocabulary: int, progres
 
     def texts() -> Iterator[str]:
         number = 0
-        for document, characters in zip(found.documents, found.characters, strict=True):
-            for piece in parts(document, int(characters * (1.0 - val_fraction)))[0]:
+        for document, cut in zip(found.documents, cuts(found.characters, val_fraction), strict=True):
+            for piece in parts(document, cut)[0]:
                 reading.seen(len(piece))
                 if number % stride == 0:
                     yield piece
@@ -147,9 +148,8 @@ def write_parts(
     dtype = token_dtype(len(bpe))
     writers = [ShardWriter(folder, part, dtype, shard_tokens) for part in ("train", "val")]
     reading = Reading(progress, "writing tokens", sum(found.characters))
-    for document, characters in zip(found.documents, found.characters, strict=True):
-        pieces = parts(document, int(characters * (1.0 - val_fraction)))
-        for writer, part in zip(writers, pieces, strict=True):
+    for document, cut in zip(found.documents, cuts(found.characters, val_fraction), strict=True):
+        for writer, part in zip(writers, parts(document, cut), strict=True):
             encode(part, bpe, writer, reading)
     return {writer.part: writer.close() for writer in writers}
 
@@ -171,16 +171,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when it is whole and vanishes otherwise."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir()
-        yield partial
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        partial.mkdir(parents=True, exist_ok=True)
+        with hold(partial):
+            for path in partial.iterdir():  # of a process that was killed
+                path.unlink()
+            try:
+                yield partial
+                partial.rename(folder)
+                sync_folder(folder.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         raise RuntimeError(f"cannot write {folder}: {error.strerror or error}: choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def summary(folder: Path, *, written: bool = False) -> str:

@@ -65,10 +65,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_count() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_share() -> slice:
     """Which of a list of things this process does, where those on its machine do them together: all of them if alone."""
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return slice(local_rank() % count, None, count)
+    return slice(local_rank() % local_count(), None, local_count())
 
 
 def join(device: torch.device) -> Ranks:

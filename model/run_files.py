@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -42,11 +43,7 @@ class Metrics:
         """Append a row; columns that it lacks stay empty. metrics.csv takes its columns, metrics.jsonl everything."""
         short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS}
         for file, text in zip(self.files, (as_csv([short]), as_json_line(row)), strict=False):
-            try:
-                file.write(text)
-                file.flush()
-            except OSError as error:
-                raise RuntimeError(f"cannot write {file.name}: {error.strerror}: make room there") from error
+            append(file, text)
         if self.board is not None:
             for name, value in scalars(row):
                 self.board.add_scalar(name, value, row["step"])
@@ -54,7 +51,17 @@ class Metrics:
     def close(self) -> None:
         """Close the files."""
         for file in self.files + ([self.board] if self.board is not None else []):
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, of which write has told
+                file.close()
+
+
+def append(file: IO[str], text: str) -> None:
+    """Bring more text to a file that is open; RuntimeError where the disk does not take it."""
+    try:
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise RuntimeError(f"cannot write {file.name}: {error.strerror}: make room there") from error
 
 
 def summary_writer() -> Any:
@@ -100,6 +107,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"line {number} of {path} must be JSON, but it is not: take it out") from error
     return rows
+
+
+def write_sample(path: Path, step: int, loss: float, sample: str) -> None:
+    """Append what a run writes after a step."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        append(file, f"--- step {step}, validation loss {loss:.4f}\n{sample}\n\n")
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def trim_samples(path: Path, last_step: int) -> None:

@@ -26,6 +26,7 @@ from model.files import write_text
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+KEYS = {"source", "characters", "tokenizer_sha256", "dtype", "train", "val"}  # that are read of a manifest
 SHARD_TOKENS = 1 << 26
 HASH_BYTES = 1 << 24
 ROUNDS = 4
@@ -34,8 +35,8 @@ ALL = slice(None)
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether a folder is one of token shards."""
-    return (path / MANIFEST).is_file()
+    """Whether a folder is one of token shards, whole or not: others have a manifest.json too."""
+    return (path / MANIFEST).is_file() and ((path / TOKENIZER).is_file() or any(path.glob("train-*.bin")))
 
 
 class ShardWriter:
@@ -103,6 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if found != FORMAT:
         raise ValueError(f"{folder / MANIFEST} must have format {FORMAT}, got {found}: prepare the shards again")
+    if missing := KEYS - content.keys():
+        raise ValueError(f"{folder / MANIFEST} must say {', '.join(sorted(missing))}: prepare the shards again")
     return content
 
 
@@ -150,15 +153,15 @@ class Shards:
         """(len(starts), length): the tokens from each start on."""
         return torch.from_numpy(np.stack([self.read(start, start + length) for start in starts.tolist()]))
 
-    def epoch_starts(self, batch: int, context: int, seed: int, step: int) -> Tensor:
-        """Where the windows of a step begin, (batch,): every window of the part once an epoch, in an order of its own.
+    def epoch_starts(self, first: int, batch: int, context: int, seed: int) -> Tensor:
+        """Where windows `first` to first + batch of a run begin: every one of the part once an epoch, in an order of its own.
 
         Windows lie side by side; each epoch moves them all by other tokens, so that their seams are not always the same.
         """
         count = (len(self) - context) // context
         if count < 1:
             raise ValueError(f"token shards must hold at least 2 * context = {2 * context} tokens, got {len(self)}")
-        position = np.arange(step * batch, (step + 1) * batch)
+        position = np.arange(first, first + batch)
         starts = np.empty(batch, dtype=np.int64)
         for epoch in np.unique(position // count).tolist():
             key = int(sha256(f"{seed} epoch {epoch}".encode())[:16], 16)

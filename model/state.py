@@ -17,10 +17,11 @@ from model.checkpoint import LAST, build_model
 from model.config import Config
 from model.data import Dataset, load_dataset, with_vocabulary
 from model.fast import FastGPT, Model
+from model.fetch import sha256
 from model.files import user_path
 from model.guard import Spikes
 from model.initial import initial
-from model.memory import WEIGHT_BYTES, activation_bytes, largest_micro, state_bytes
+from model.memory import WEIGHT_BYTES, activation_bytes, host_room, largest_micro, state_bytes
 from model.optimize import Learner, Outcome
 from model.precision import DTYPES, choose_dtype
 from model.ranks import Ranks, join, local_rank, local_share
@@ -38,6 +39,7 @@ class State:
     device: torch.device
     folder: Path
     step: int = 0
+    offset: int = 0  # windows of shards that earlier steps of another batch took more than as many of this one
     best_step: int = 0
     best_val_loss: float = math.inf
     step_ms: list[float] = field(default_factory=list)
@@ -86,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
+    if name.partition(":")[0] != "cpu" and not torch.cuda.is_available():
         raise RuntimeError(f"device={name} needs a GPU, but torch {torch.__version__} finds none here: use device=cpu")
     return torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
 
@@ -101,6 +103,7 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
     check_shares(config, ranks)
     tokenizer, expected = (restored(earlier["tokenizer"]), earlier["data_sha256"]) if earlier else (None, None)
     dataset = load_dataset(t.data, t.val_fraction, config.model.context, tokenizer, expected, local_share())
+    check_same(dataset, ranks)
     begins = t.init and not earlier
     shape, weights = initial(config, dataset.tokenizer) if begins else (config.model, None)
     # Resolved once: a run that goes on elsewhere computes as it began.
@@ -118,7 +121,21 @@ def prepare(config: Config, folder: Path, earlier: dict[str, Any] | None = None)
         state.learner.restore(earlier)
         torch.set_rng_state(earlier["random_state"])
         state.step, state.best_step, state.best_val_loss = (earlier[k] for k in ("step", "best_step", "best_val_loss"))
+        # Of a checkpoint from before these were kept: what they were then.
+        state.offset = earlier.get("windows", state.step * config.sequences) - state.step * config.sequences
+        state.spikes.restore(earlier.get("spikes", state.spikes.pack()))
     return state
+
+
+def check_same(dataset: Dataset, ranks: Ranks) -> None:
+    """Raise, on every rank, unless all of them have the data of the first: each has read its own."""
+    own = sha256(f"{dataset.sha256} {dataset.tokenizer.state}".encode())
+    other = ranks.said_by_first(own) != own
+    if ranks.any(other, torch.device("cpu")):
+        found = f"{dataset.source} on rank {ranks.rank}" if other else "another text on another rank"
+        raise ValueError(
+            f"every rank must have the data of rank 0, got {found}: name one that all see by its whole path"
+        )
 
 
 def backends_of(model: Model, config: Config) -> dict[str, str]:
@@ -147,12 +164,11 @@ def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device
     micro = config.train.micro_batch
     if micro != "auto":
         return int(micro)
-    if device.type != "cuda":
-        return config.sequences // ranks.count
     parameters, trained = report.count_parameters(model), report.count_trained(model)
     # All weights are there already, also of a model that is about to be spread.
     state, _ = state_bytes(config, parameters, trained, ranks, 1)
-    room = torch.cuda.mem_get_info(device)[0] - state + WEIGHT_BYTES * parameters
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_room()
+    room = free - state + WEIGHT_BYTES * parameters
     return ranks.least(largest_micro(config, config.sequences // ranks.count, room, backends))
 
 

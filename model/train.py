@@ -7,7 +7,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from model.checkpoint import BEST, LAST, load, pack
 from model.config import Config, build, flatten, override, parse_override, read_preset, to_toml
 from model.data import random_batch
 from model.evaluate import evaluate, sample_text
-from model.files import user_path, write_text
-from model.guard import failure, keep_batch
+from model.files import hold, user_path, write_text
+from model.guard import check_evaluation, failure, keep_batch
 from model.interrupt import interruptible
 from model.memory import kept_by_operator
 from model.progress import Progress
-from model.run_files import Metrics, trim_samples, write_json, write_loss_svg
+from model.run_files import Metrics, trim_samples, write_json, write_loss_svg, write_sample
 from model.run_page import run_page
 from model.state import State, estimated_bytes, prepare, run_folder
 from model.throughput import flops_a_token, peak_flops
@@ -38,7 +38,13 @@ FIXED = ("model.", "lora.", "train.init", "train.val_fraction", "train.out", "tr
 
 def save(state: State, name: str) -> None:
     """Write a checkpoint of this moment."""
-    progress = {"step": state.step, "best_step": state.best_step, "best_val_loss": state.best_val_loss}
+    progress = {
+        "step": state.step,
+        "best_step": state.best_step,
+        "best_val_loss": state.best_val_loss,
+        "windows": state.offset + state.step * state.config.sequences,
+        "spikes": state.spikes.pack(),
+    }
     payload = pack(state.config, state.dataset, state.learner, progress)
     checkpoint.save(payload, state.folder / name, state.ranks)
 
@@ -47,7 +53,8 @@ def step_batch(state: State, step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets that this rank learns from in step number `step`, from 0."""
     config, (rank, count) = state.config, (state.ranks.rank, state.ranks.count)
     seed, context = config.train.seed, config.model.context
-    return random_batch(state.dataset.train, config.sequences, context, seed, step, rank=rank, ranks=count)
+    tokens, offset = state.dataset.train, state.offset
+    return random_batch(tokens, config.sequences, context, seed, step, rank=rank, ranks=count, offset=offset)
 
 
 def timed_step(state: State) -> dict[str, Any] | None:
@@ -117,9 +124,8 @@ def run_loop(state: State, progress: Progress) -> None:
             row = timed_step(state)
             if row is not None:
                 take_note(state, row, progress, metrics)
-            # Ranks agree where they meet anyway, at a step that is read.
-            if row is not None or ranks.count == 1:
-                stop = ranks.any(interrupt.requested, state.device)
+            # On the host, which waits for no GPU: torchrun gives a process half a minute to end.
+            stop = ranks.any(interrupt.requested, torch.device("cpu"))
         if state.unread:
             take_note(state, read_steps(state), progress, metrics)
         if state.step < t.steps:
@@ -152,6 +158,7 @@ def take_note(state: State, row: dict[str, Any], progress: Progress, metrics: Me
         row |= {k: state.evaluation[k] for k in ("val_loss", "val_loss_random")}
         # Before the checkpoint: a resumed run drops later rows, but could not bring back a missing one.
         metrics.write(row)
+        check_evaluation(state.learner, state.step, [row["val_loss"], row["val_loss_random"]])
         keep_evaluation(state, progress)
     save(state, LAST)
     draw(state)
@@ -174,8 +181,7 @@ def keep_evaluation(state: State, progress: Progress) -> None:
     if state.config.train.sample_tokens:
         state.sample = sample_text(state.model, state.dataset, state.config)
     if state.sample and state.ranks.first:
-        with (state.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {state.step}, validation loss {loss:.4f}\n{state.sample}\n\n")
+        write_sample(state.folder / "samples.txt", state.step, loss, state.sample)
     mark = " (best)" if improved else ""
     windows = "" if random is None else f", {random:.4f} on random windows"
     progress.note(f"step {state.step}: validation loss {loss:.4f}{mark}{windows}")
@@ -240,8 +246,8 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
         instead = f"the file {folder}: give {folder.parent}" if folder.is_file() else f"{folder}: look under runs/"
         raise ValueError(f"RUN must be a run folder to go on with, got {instead}")
     payload = load(folder, LAST, tensors=())  # each rank reads its part
-    settings = payload["config"]
-    check_unedited(folder, settings)
+    settings = dict(payload["config"])
+    notes = check_unedited(folder, settings, overrides)
     for name, value in map(parse_override, overrides):
         if name.startswith(FIXED) and value != settings[name]:
             raise ValueError(f"{name} must stay {settings[name]!r} in a resumed run, got {value!r}: train a new one")
@@ -249,11 +255,16 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
     config = build(settings)
     if payload["step"] >= config.train.steps:
         raise ValueError(f"{folder} has done its {payload['step']} steps: give steps= a larger number to go on")
-    return run(prepare(config, folder, payload), quiet)
+    state = prepare(config, folder, payload)
+    state.learner.notes += notes
+    return run(state, quiet, changed=settings != payload["config"])
 
 
-def check_unedited(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise where config.toml, which is for readers, was made to say another model than the checkpoint's."""
+def check_unedited(folder: Path, settings: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Raise where config.toml, which is for readers, was made to say another model than the checkpoint's.
+
+    Of what may change, but not there, it returns words for the user.
+    """
     path = folder / "config.toml"
     written = read_preset(str(path)) if path.is_file() else {}
     for name, value in written.items():
@@ -262,10 +273,24 @@ def check_unedited(folder: Path, settings: dict[str, Any]) -> None:
                 f"{path} says {name} = {value!r}, but the run was made with {settings[name]!r}: restore it (what may change "
                 "is given after --resume RUN), or train a new one"
             )
+    given = {parse_override(text)[0] for text in overrides}
+    changed = [name for name, value in written.items() if name not in given and value != settings.get(name, value)]
+    return [
+        f"{path} says {name} = {written[name]!r}, the run has {settings[name]!r} and keeps it: give it after --resume RUN"
+        for name in changed
+    ]
 
 
-def run(state: State, quiet: bool) -> dict[str, Any]:
-    """Write down what the run is, train, and show its cards."""
+def run(state: State, quiet: bool, changed: bool = False) -> dict[str, Any]:
+    """Write down what the run is, train, and show its cards; changed: its last checkpoint is of other settings."""
+    with hold(state.folder) if state.ranks.first else nullcontext():
+        if changed:  # at once: a run that is killed before its next checkpoint has them too
+            save(state, LAST)
+        return run_held(state, quiet)
+
+
+def run_held(state: State, quiet: bool) -> dict[str, Any]:
+    """The same, in a folder that no other process writes."""
     config, folder, began = state.config, state.folder, time.perf_counter()
     progress, first = Progress(quiet or not state.ranks.first), state.ranks.first
     if first:
@@ -283,7 +308,7 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
         progress.note(f"going on after step {state.step}")
     try:
         run_loop(state, progress)
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, OSError) as error:
         saved = (folder / LAST).is_file()
         progress.note(f"stopped; go on from the last checkpoint with  {command}" if saved else "stopped, nothing saved")
         if state.ranks.lost(error):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint  # imported once, before the fork, as what follows
 from torch.distributed.fsdp import fully_shard  # noqa: F401
-from training_case import KINDS, RUN, chosen, gradients, small_settings, some_batch
+from training_case import KINDS, RUN, TEXT, chosen, gradients, small_settings, some_batch
 
 from model import evaluate as evaluation
 from model import optimize, ranks
@@ -104,13 +104,26 @@ def short_of_memory(settings, joined, from_call, *more):
     return both
 
 
+def other_data(settings, folder, joined):
+    """What each rank says where they have texts of the same characters, but not the same."""
+    path = folder / f"text-{joined.rank}.txt"
+    path.write_text((TEXT + TEXT[::-1]) * 9 if joined.rank else (TEXT[::-1] + TEXT) * 9)
+    try:
+        train(chosen(settings, f"data={path}", "name=other"), quiet=True)
+    except ValueError as error:
+        words = [None, None]
+        dist.all_gather_object(words, str(error))
+        return words
+    raise AssertionError("they were trained")
+
+
 def work(folder):
     """Everything that one rank does."""
     faulthandler.dump_traceback_later(900, exit=True)  # ranks that wait for each other say where
     torch.set_num_threads(1)
     settings = small_settings(folder)
     joined = ranks.join(torch.device("cpu"))
-    found = {"gradients": step_gradients(settings, joined)}
+    found = {"gradients": step_gradients(settings, joined), "other data": other_data(settings, folder, joined)}
     loss, calls = evaluations(settings, joined)
     found["loss"], found["calls"] = loss, [int(joined.total(torch.tensor(float(calls)))), calls]
     for kind in KINDS:

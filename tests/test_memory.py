@@ -1,10 +1,13 @@
 """Memory: micro batches that are made smaller, what is computed again, the estimate."""
 
+import os
+
 import pytest
 import torch
 from training_case import chosen, gradients, same_weights, small_settings, some_batch
 
 from model import memory, optimize
+from model import state as state_module
 from model import train as training
 from model.backends import OPERATORS
 from model.checkpoint import build_model, load
@@ -24,7 +27,15 @@ def settings(tmp_path):
     return small_settings(tmp_path)
 
 
-def out_of_memory_above(monkeypatch, limit, from_call=0):
+# Of a GPU, of this library's C++, of torch's own allocator on a CPU.
+FULL = [
+    torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more of a message"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+]
+
+
+def out_of_memory_above(monkeypatch, limit, from_call=0, error=FULL[0]):
     """Let forwards of more than so many sequences run out of memory."""
     real, calls = optimize.loss_of, []
 
@@ -32,21 +43,22 @@ def out_of_memory_above(monkeypatch, limit, from_call=0):
         calls.append(len(x))
         loss = real(model, config, x, y, seed)
         if len(x) > limit and len(calls) > from_call:
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more of a message")
+            raise error
         return loss
 
     monkeypatch.setattr(optimize, "loss_of", tight)
     return calls
 
 
+@pytest.mark.parametrize("error", FULL, ids=["gpu", "c++", "torch"])
 @pytest.mark.parametrize("from_call", [0, 4], ids=["first step", "later step"])
-def test_what_does_not_fit_is_made_in_smaller_parts(settings, tmp_path, monkeypatch, capsys, from_call):
+def test_what_does_not_fit_is_made_in_smaller_parts(settings, tmp_path, monkeypatch, capsys, from_call, error):
     """Eight sequences, then four, then two: no step is lost, and none is made twice."""
     if not from_call:
         whole = train(chosen(settings, "micro_batch=2", "name=two"), quiet=True)
     else:
         whole = train(chosen(settings, "name=all"), quiet=True)
-    calls = out_of_memory_above(monkeypatch, 2, from_call)
+    calls = out_of_memory_above(monkeypatch, 2, from_call, error)
     result = train(chosen(settings, "name=auto"))
     assert "micro batches of 8 do not fit into memory: going on with 4\n" in capsys.readouterr().out
     assert calls == [8] * from_call + [8, 4] + [2] * 4 * (12 - from_call) and load(tmp_path / "auto")["micro"] == 2
@@ -163,6 +175,32 @@ def test_the_estimate_of_weights_on_ranks(bias):
     assert memory.state_bytes(config, total, total, Ranks(0, 4), 2) == (8 * weights, 5 * total)
     config, _ = resolve("shakespeare-cpu", shape)
     assert memory.state_bytes(config, total, total, Ranks(0, 4), 2) == (20 * total, 0)
+
+
+def test_other_errors_of_a_step_are_no_lack_of_memory(settings, monkeypatch):
+    calls = out_of_memory_above(monkeypatch, 2, 0, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        train(chosen(settings), quiet=True)
+    assert calls == [8]
+
+
+def test_a_run_on_a_cpu_takes_what_its_memory_holds(settings, monkeypatch):
+    """The room is what the weights' gradients and AdamW leave of it; a fifth stays free."""
+    one = activation_bytes(chosen(settings, "vocab_size=64"), 1, dict.fromkeys(OPERATORS, "cpu"))
+    state = training.prepare(chosen(settings, "vocab_size=64"), None)
+    assert state.learner.micro == 8
+    held = 12 * sum(p.numel() for p in state.model.parameters())
+    for room, micro in ((5.1, 4), (2.6, 2), (0.1, 1)):
+        monkeypatch.setattr(state_module, "host_room", lambda room=room: held + int(room * one))
+        assert training.prepare(chosen(settings, "vocab_size=64"), None).learner.micro == micro
+
+
+def test_the_room_of_this_machine(monkeypatch):
+    """Between nothing and all of its memory; ranks on it share it."""
+    room, total = memory.host_room(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < room <= total
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0 < memory.host_room() <= total // 4
 
 
 def test_the_first_micro_batch_is_what_should_fit():

@@ -244,11 +244,11 @@ def test_the_average_is_what_is_evaluated(settings, tmp_path):
     plain = training.prepare(chosen(settings), None)
     state = training.prepare(chosen(settings, "ema=0.9"), None)
     average = [p.detach().clone() for p in state.model.parameters()]
-    for _ in range(3):
+    for step in range(3):
         training.timed_step(plain)
         training.timed_step(state)
         for mean, p in zip(average, state.model.parameters(), strict=True):
-            mean.lerp_(p.detach(), 1 - 0.9)
+            mean.lerp_(p.detach(), 1 - (1 + step) / (10 + step))
     assert same_weights(plain.model, state.model)
     with state.learner.averaged():
         assert all(map(torch.equal, average, state.model.parameters()))
@@ -259,6 +259,15 @@ def test_the_average_is_what_is_evaluated(settings, tmp_path):
     for i, name in enumerate(name for name, _ in state.model.named_parameters()):
         assert torch.equal(best["model"][name], last["average"][i])
         assert not torch.equal(best["model"][name], last["model"][name])
+
+
+def test_the_average_forgets_the_initial_weights(settings):
+    """Of the weights before the first step little is left; from then on that ema keeps, no less."""
+    config = chosen(settings, "ema=0.999")
+    left = math.prod(optimize.averaging(step, config) for step in range(2000))
+    assert left < 1e-6 < 0.13 < 0.999**2000
+    assert optimize.averaging(8991, config) == 0.999 > optimize.averaging(8989, config)
+    assert optimize.averaging(1, chosen(settings, "ema=0.1")) == 0.1
 
 
 def test_a_resume_may_change_how_to_train(settings, tmp_path):
@@ -294,9 +303,10 @@ def test_a_spike_keeps_its_text(settings, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_a_spike():
-    spikes = Spikes()
+    before, spikes = Spikes(), Spikes()
     losses = [3.0 + 0.1 * (-1) ** i for i in range(100)]
-    assert not any(spikes.usual(loss) for loss in [9.0, *losses, 3.2])  # at the start, everything falls
+    assert not any(before.usual(loss) for loss in [9.0, *losses, 3.2])  # at the start, everything falls
+    spikes.restore(before.pack())  # a resumed run knows what is usual
     assert spikes.usual(4.5) == pytest.approx(3.0, abs=0.1) and spikes.usual(3.1) is None
     last = Spikes(spikes.recent.copy(), found=9)
     assert [last.usual(9.0) is None for _ in range(2)] == [False, True]  # a run keeps ten

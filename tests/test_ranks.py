@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,14 @@ def test_the_gradient_is_that_of_one_process(both, kind):
         assert found[name].shape == value.shape and (found[name] - value).abs().max() <= budget, name
 
 
+def test_ranks_with_different_texts_are_refused(both):
+    """Each reads its own: as of a folder that was copied to each machine, and changed on one."""
+    first, second = both[1]["other data"]
+    assert "data of rank 0, got another text on another rank" in first
+    assert re.search(r"got .*text-1\.txt.* on rank 1: name one that all see", second)
+    assert not (both[0] / "other").exists()
+
+
 def test_ranks_exchange_gradients_once_a_step(both):
     """Of two micro batches each: DDP has one bucket for so small a model, FSDP a group for each block and the rest."""
     assert [both[1]["gradients"][kind]["exchanges"] for kind in KINDS] == [1, 3]
@@ -155,7 +164,7 @@ def test_an_offloaded_optimizer_is_told_where_its_weights_are(monkeypatch):
     told = learner.optimizer
     monkeypatch.setattr(Learner, "home", torch.device("meta"))
     monkeypatch.setattr(told, "step", lambda: seen.extend((told.found_inf.device, told.grad_scale.device)))
-    learner.update(torch.ones(()), torch.ones(()))
+    learner.update(0, torch.ones(()), torch.ones(()))
     assert seen == [torch.device("meta")] * 2 and learner.held_back.device == torch.device("cpu")
 
 

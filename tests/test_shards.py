@@ -12,7 +12,9 @@ import torch
 from model import cli, english, fetch, shards
 from model.checkpoint import LAST
 from model.data import all_windows, load_dataset, random_batch, shard_dataset
+from model.documents import cuts
 from model.english import BOUNDARY
+from model.files import hold
 from model.prepare import prepare, summary
 from model.ranks import local_share
 from model.shards import MANIFEST, TOKENIZER, Shards, ShardWriter, permuted
@@ -109,6 +111,25 @@ def test_an_epoch_has_every_window_once_on_any_number_of_ranks(tmp_path):
         random_batch(data, batch, 500, 3, 0)
 
 
+def test_an_epoch_has_every_window_once_when_a_resumed_run_changes_its_batch(texts, tmp_path):
+    """Ten steps of four sequences, then of eight, then of two: where each goes on, the others have not been."""
+    folder = prepare(str(texts), "bpe", 280, str(tmp_path / "tokens"), 0.1, quiet=True)
+    settings = [f"data={folder}", f"out={tmp_path}", "name=a", "threads=1", "n_embd=16", "context=8", "sample_tokens=0"]
+    drawn, real = [], shards.permuted
+
+    def noting(index, count, key):
+        drawn.extend(index.tolist())
+        return real(index, count, key)
+
+    count = (len(shard_dataset(folder).train) - 8) // 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "permuted", noting)
+        assert cli.main(["train", "tiny", *settings, "batch=4", "steps=10", "eval_every=10"]) == 0
+        for batch, steps in ((8, 15), (2, 20), (2, 22)):
+            assert cli.main(["train", "--resume", f"{tmp_path}/a", f"steps={steps}", f"batch={batch}"]) == 0
+    assert drawn == [number % count for number in range(4 * 10 + 8 * 5 + 2 * 7)]
+
+
 def test_ranks_share_random_windows_too():
     tokens = torch.arange(500)
     x, _ = random_batch(tokens, 6, 8, 1, 2)
@@ -127,6 +148,44 @@ def test_a_folder_becomes_shards_of_its_documents(texts, folder):
     assert all(0.05 * len(text) < len(end) < 0.15 * len(text) for text, end in zip(whole, val, strict=False))
     assert not list(folder.parent.glob(".*"))
     assert sum(y.numel() for _, y in all_windows(data.val, 4, 16)) == len(data.val) - 1
+
+
+def test_short_documents_are_validated_on_as_wholes(tmp_path):
+    """Their ends would be less than a line: of 400 every 50th is kept, beside the end of a long one."""
+    (tmp_path / "texts").mkdir()
+    names = [f"{i:03d}.txt" for i in range(400)]
+    for name in names:
+        (tmp_path / "texts" / name).write_text(f"{name} {WORDS}", encoding="utf-8")
+    (tmp_path / "texts" / "long.txt").write_text(WORDS * 400, encoding="utf-8")
+    data = shard_dataset(prepare(str(tmp_path / "texts"), "bpe", 300, str(tmp_path / "made"), 0.02, quiet=True))
+    train, val = (data.tokenizer.decode(part[:]).split(END_OF_TEXT)[:-1] for part in (data.train, data.val))
+    assert [text[:7] for text in val[:-1]] == names[49::50] and val[-1] == WORDS * 7
+    assert len(train) == 393 and sorted(text[:7] for text in train[:-1] + val[:-1]) == names
+
+
+def test_few_short_documents_are_parted_as_long_ones():
+    assert cuts([1000, 2000], 0.1) == [900, 1800] and cuts([1000, 100_000], 0.1) == [900, 90_000]
+    assert cuts([1000] * 10 + [100_000], 0.1) == [1000] * 9 + [-1, 90_000]
+
+
+def test_one_process_at_a_time_prepares_a_folder(texts, tmp_path):
+    """What one that was killed has left is no hindrance; one that still writes is."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "train-00000.bin").write_bytes(b"half")
+    with hold(partial), pytest.raises(RuntimeError, match=r"another process is writing .*\.out\.partial: wait"):
+        prepare(str(texts), "bpe", 320, str(tmp_path / "out"), 0.1, quiet=True)
+    assert (partial / "train-00000.bin").read_bytes() == b"half"
+    prepare(str(texts), "bpe", 320, str(tmp_path / "out"), 0.1, quiet=True)
+    assert shard_dataset(tmp_path / "out").sha256 and not partial.exists()
+
+
+def test_a_manifest_of_another_kind_is_no_folder_of_shards(texts, tmp_path):
+    """A web page's, or a data set's: its folder is one of texts."""
+    shutil.copytree(texts, tmp_path / "site")
+    (tmp_path / "site" / MANIFEST).write_text('{"name": "a page"}')
+    assert "4 documents" in load_dataset(str(tmp_path / "site"), 0.1, 8).source
+    assert shard_dataset(prepare(str(tmp_path / "site"), "bpe", 320, str(tmp_path / "out"), 0.1, quiet=True)).sha256
 
 
 def test_the_same_text_gives_the_same_bytes(texts, folder, tmp_path):
@@ -187,6 +246,11 @@ def flip(path):
         ),
         (MANIFEST, lambda p: p.write_text(p.read_text()[:50]), r"must be a manifest of token shards"),
         (MANIFEST, lambda p: p.write_text('{"format": 9}'), r"must have format 1, got 9"),
+        (
+            MANIFEST,
+            lambda p: p.write_text('{"format": 1}'),
+            r"must say characters, dtype, source, tokenizer_sha256, tr",
+        ),
     ],
 )
 def test_what_is_broken_is_named(folder, tmp_path, name, change, message):

@@ -10,23 +10,25 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 import torch.nn.functional as F
-from training_case import TEXT, assert_same_run, chosen, rows_of, same_values, small_settings
+from training_case import TEXT, assert_same_run, chosen, rows_of, small_settings
 
 from model import optimize
-from model import state as state_module
 from model import train as training
 from model.checkpoint import BEST, LAST, build_model, load
 from model.config import resolve
 from model.data import load_dataset
 from model.evaluate import evaluate
+from model.files import hold
 from model.interrupt import interruptible
 from model.machine import commit
-from model.run_files import read_metrics
+from model.run_files import Metrics, read_metrics
 from model.train import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,54 +227,53 @@ def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs) < 2e-5
 
 
-def test_a_weight_that_is_not_finite_is_named(settings, tmp_path, monkeypatch):
-    real = state_module.build_model
-
-    def broken(*settings):
-        model = real(*settings)
-        with torch.no_grad():
-            model.transformer.h[1].mlp.c_fc.weight[3, 5] = math.nan
-        return model
-
-    monkeypatch.setattr(state_module, "build_model", broken)
-    with pytest.raises(
-        RuntimeError, match=r"at step 1; not finite first: transformer\.h\.1\.mlp\.c_fc\.weight \(1 of 1024 values\)"
-    ):
-        train(chosen(settings, "name=a"), quiet=True)
-    assert not (tmp_path / "a" / LAST).exists()
+def test_one_process_writes_a_run(settings, tmp_path, monkeypatch):
+    """A second one, of the same name or that resumes, is refused; a run that has ended lets go."""
+    train(chosen(settings, "name=a", "steps=4"), quiet=True)
+    with hold(tmp_path / "a"), pytest.raises(RuntimeError, match=f"another process is writing {tmp_path}/a: wait"):
+        resume(tmp_path / "a", ["steps=8"], quiet=True)
+    assert load(tmp_path / "a", LAST)["config"]["train.steps"] == 4
+    (tmp_path / "b").mkdir()
+    with hold(tmp_path / "b"), pytest.raises(RuntimeError, match="another process is writing"):
+        train(chosen(settings, "name=b"), quiet=True)
+    assert resume(tmp_path / "a", ["steps=8"], quiet=True)["step"] == 8
 
 
-def test_a_gradient_norm_that_overflows_is_told_from_a_broken_forward(settings, tmp_path):
-    state = training.prepare(chosen(settings), tmp_path)
-    state.model.transformer.h[0].attn.c_proj.bias.register_hook(lambda gradient: gradient * 1e30)
-    with pytest.raises(
-        RuntimeError, match="not finite first: no value, only the gradients' norm, whose squares overflow"
-    ):
-        training.timed_step(state)
+def test_what_a_resume_changes_outlives_a_kill(settings, tmp_path, monkeypatch, capsys):
+    train(chosen(settings, "name=a"), quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "timed_step", lambda state: 1 / 0)  # before any step, as by a kill
+        with pytest.raises(ZeroDivisionError):
+            resume(tmp_path / "a", ["steps=20", "lr=1e-5", "min_lr=1e-5"], quiet=True)
+    path = tmp_path / "a" / "config.toml"
+    path.write_text(path.read_text().replace("weight_decay = 0.1", "weight_decay = 0.3"))
+    result = resume(tmp_path / "a")
+    assert result["step"] == 20
+    assert "weight_decay = 0.3, the run has 0.1 and keeps it: give it after --resume RUN" in capsys.readouterr().out
+    config = load(tmp_path / "a", LAST)["config"]
+    assert config["train.lr"] == 1e-5 and config["train.weight_decay"] == 0.1
 
 
-def test_a_loss_that_is_not_finite_beside_finite_gradients_is_the_forwards(settings, tmp_path, monkeypatch):
-    real = optimize.loss_of
-    monkeypatch.setattr(optimize, "loss_of", lambda *arguments: real(*arguments) + math.inf)
-    state = training.prepare(chosen(settings), tmp_path)
-    with pytest.raises(RuntimeError, match="not finite first: no weight or gradient, only the forward"):
-        training.timed_step(state)
+def test_a_full_disk_is_told_with_the_way_on(settings, tmp_path, capsys):
+    """Linux's /dev/full takes nothing: neither a sample nor a row of the metrics."""
+    train(chosen(settings, "name=a", "steps=4"), quiet=True)
+    (tmp_path / "a" / "samples.txt").unlink()
+    (tmp_path / "a" / "samples.txt").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=r"cannot write .*samples.txt: No space left on device: make room there"):
+        resume(tmp_path / "a", ["steps=8"])
+    assert f"go on from the last checkpoint with  gptkernels train --resume {tmp_path}/a" in capsys.readouterr().out
+    metrics = Metrics(tmp_path / "a")
+    for file in metrics.files:
+        file.close()
+    metrics.files = [Path("/dev/full").open("a")]  # noqa: SIM115 (closed by Metrics)
+    with pytest.raises(RuntimeError, match="cannot write /dev/full: No space left"), closing(metrics):
+        metrics.write({"step": 1, "loss": 1.0})
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_changes_no_weight(settings, tmp_path):
-    state = training.prepare(chosen(settings), tmp_path)
-    weight = state.model.transformer.h[0].attn.c_proj.bias
-    weight.register_hook(lambda gradient: gradient * math.inf)
-    before = {k: v.clone() for k, v in state.model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"not finite first: the gradient of transformer\.h\.0\.attn\.c_proj\.bias"):
-        training.timed_step(state)
-    assert same_values(before, state.model.state_dict())
-    kept = json.loads((tmp_path / "step-1.json").read_text())
-    assert (
-        kept["norm"] in ("nan", "inf")
-        and len(kept["texts"]) == 4
-        and kept["texts"][0] in (tmp_path / "text.txt").read_text()
-    )
+def test_a_micro_batch_of_auto_is_chosen_anew_after_a_number(settings, tmp_path):
+    train(chosen(settings, "name=a", "micro_batch=2"), quiet=True)
+    assert resume(tmp_path / "a", ["steps=16", "micro_batch=auto"], quiet=True)["step"] == 16
+    assert load(tmp_path / "a", LAST)["micro"] == 4
 
 
 def test_evaluation_is_the_whole_part_without_dropout(settings, text):
