@@ -24,6 +24,7 @@ from benchmarks.tables import case_text, machine_line, read_object
 from benchmarks.targets import markdown
 from benchmarks.train_step import DEFAULT_CASES, SIZES, bench_train
 from gptkernels.backend import BACKENDS
+from gptkernels.static_table import CALLED
 from model.config import preset_names
 from model.files import make_ready, user_path, write_text
 
@@ -148,7 +149,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         known = (
             list(OPS) if args.command == "ops" else [axis for axis in AXES if args.device == "cpu" or axis != "threads"]
         )
-        args.names = args.names or known
+        args.names = [CALLED.get(name, name) for name in args.names] or known
         for name in args.names:
             if name not in known:
                 parser.error(f"bench {args.command} has no {name!r}: choose {', '.join(known)}")

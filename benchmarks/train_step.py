@@ -190,7 +190,7 @@ class TrainBench:
                 p.add_(JITTER * torch.randn_like(p))
         B, T = config.train.batch, config.model.context
         self.few = B if device == "cpu" else min(B, max(1, FEW_TOKENS // T))
-        tokens = torch.randint(config.model.vocab_size, (BATCHES, 2, B, T)).to(device)
+        tokens = torch.randint(config.model.outputs, (BATCHES, 2, B, T)).to(device)
         self.batches: list[Batch] = [(x, y) for x, y in tokens]
         self.optimizer = make_optimizer(self.weights, config)
         for group in self.optimizer.param_groups:

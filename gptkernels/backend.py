@@ -211,6 +211,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocasts(*tensors: Tensor) -> bool:
+    """Whether autocast makes one dtype of these tensors."""
+    dtypes = {autocast_dtype(x) if x.is_floating_point() else x.dtype for x in tensors}
+    return len(dtypes) == 1 and tensors[0].dtype != torch.float64 and torch._C._is_any_autocast_enabled()
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in dtype, without the microsecond that `to` takes to find nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)

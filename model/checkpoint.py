@@ -6,6 +6,7 @@ folder, and the file, which comes last, says into which: of two that take turns,
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -178,16 +179,17 @@ def put_together(payload: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any
     return payload | {"model": model, "optimizer": {"state": states}, "average": [average[i] for i in sorted(average)]}
 
 
-def load_model(run: str | Path, which: str | None = None) -> tuple[Model, Tokenizer, Config]:
-    """The trained model of a run in eval mode, its tokenizer and its configuration; `which` as in load.
+def load_model(run: str | Path, which: str | None = None, *, backend: str = "auto") -> tuple[Model, Tokenizer, Config]:
+    """The trained model of a run in eval mode on the CPU, its tokenizer and its configuration; `which` as in load.
 
-    LoRA is merged into the weights. hf:FOLDER is a GPT-2 as transformers saves it.
+    It has the backend given here, not the one that it was trained with, which may need another device. LoRA is merged into
+    the weights. hf:FOLDER is a GPT-2 as transformers saves it.
     """
     if str(run).startswith(PREFIX):
-        return load_hf(str(run))
+        return load_hf(str(run), backend)
     payload = load(run, which, tensors=("model",))
     config = build(payload["config"])
-    model = build_model(config)
+    model = build_model(dataclasses.replace(config, train=dataclasses.replace(config.train, backend=backend)))
     model.load_state_dict(payload["model"])
     merge_lora(model)
     return model.eval(), restored(payload["tokenizer"]), config
@@ -203,6 +205,8 @@ def load_source(name: str, overrides: Sequence[str], tokens: int) -> tuple[GPT, 
         model, config = load_weights(path, overrides, tokens)
         return model, None, config
     if overrides:
-        raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
+        raise ValueError(
+            f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out (data= may be given)"
+        )
     trained, tokenizer, config = load_model(path)
     return trained.to_reference() if isinstance(trained, FastGPT) else trained, tokenizer, config

@@ -1,8 +1,9 @@
-"""The command line: `gptkernels train | sample | data | check | bench | doctor | demo`."""
+"""The command line: `gptkernels train | sample | data | convert | check | bench | kernels | tune | doctor | demo`."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -31,7 +32,8 @@ Settings are key=value, after a preset and over it; --print-config lists every k
   data=shakespeare | shakespeare:PATH_OR_URL | english | python | FILE | FOLDER | SHARDS     model=fast | reference
   pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16 | fp16    backend=auto | cpu | reference
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, metrics.jsonl, report.html,
-loss.svg, samples.txt, last.pt and best.pt; with parallel=fsdp, folders beside these hold their tensors.
+loss.svg, samples.txt, last.pt and best.pt (with parallel=fsdp, folders beside these hold their tensors), and when it is
+done the best weights as model.safetensors.
 On many GPUs: torchrun --nproc-per-node 8 -m model train PRESET ...
 Ctrl-C saves and says how to resume.
 """
@@ -92,6 +94,8 @@ def make_parser() -> Parser:
     sub.add_argument("--top-p", type=float, default=1.0, help="only from the likeliest that hold this probability")
     sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
     sub.add_argument("--last", action="store_true", help="the last checkpoint instead of the best one")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    sub.add_argument("--backend", default="auto", help="as in train, whatever the run was trained with (default auto)")
 
     text = "show the text that a data= setting means (default shakespeare), or make token shards of it"
     sub = command("data", text, data_command, "[SOURCE]", DATA_HELP)
@@ -153,6 +157,7 @@ def sample_command(args: argparse.Namespace) -> int:
     """`sample`: the prompt and what the model makes of it, written as it comes."""
     from model.checkpoint import LAST, load_model
     from model.generate import check_sampling, generate
+    from model.state import choose_device
     from model.tokenizer import END_OF_TEXT
 
     as_usage(check_sampling, args.temperature, args.top_k, args.top_p)
@@ -162,9 +167,11 @@ def sample_command(args: argparse.Namespace) -> int:
         raise UsageError(f"--seed must be a whole number of 64 bits, as torch has it, got {args.seed}")
     if not 1 <= len(args.words) <= 2:
         raise UsageError(f'sample takes RUN and one "PROMPT" in quotes, got {len(args.words)} words')
-    model, tokenizer, _ = load_model(args.words[0], LAST if args.last else None)
+    device = choose_device(args.device)
+    model, tokenizer, _ = load_model(args.words[0], LAST if args.last else None, backend=args.backend)
+    model.to(device)
     text = args.words[1] if len(args.words) == 2 else tokenizer.start
-    prompt = as_usage(tokenizer.encode, text)
+    prompt = as_usage(tokenizer.encode, text).to(device)
     text = text.removeprefix(END_OF_TEXT)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     tokens = as_usage(generate, model, prompt, args.tokens, vocabulary=len(tokenizer), **sampling)
@@ -281,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a text may have characters that a terminal has not
     words = [word for word in words if word != "--debug"]
     try:
         status = dispatch(words)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from model.checkpoint import load_source
 from model.files import user_path
 from model.hf import PREFIX, folder_of, own_tokenizer, plain_tensors, write_folder
+from model.reference import GPT
 from model.safetensors_file import write_safetensors
 from model.tokenizer import BpeTokenizer, Tokenizer
 from model.weights_file import EVERY, told
@@ -27,8 +30,13 @@ def convert(source: str, target: str, overrides: list[str]) -> str:
         raise ValueError(f"TARGET must be hf:FOLDER or a .safetensors file, got {target!r}")
     if path.exists():
         raise ValueError(f"{path} is there already: give another name, or remove it")
-    write_safetensors(path, plain_tensors(model), told(config))
+    write_weights(path, model)
     return f"{path}: a state_dict in nn.Linear's layout ({shape}); check it with  gptkernels check {path}"
+
+
+def write_weights(path: Path, model: GPT) -> None:
+    """A .safetensors file of a model, which says what the shapes do not."""
+    write_safetensors(path, plain_tensors(model), told(model.config))
 
 
 def described(tokenizer: Tokenizer | None) -> str:

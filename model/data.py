@@ -22,6 +22,8 @@ from model.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, read_bpe
 
 # A GPU multiplies by a table of so many rows, or a multiple, in whole tiles.
 TILE = 64
+# The most rows that a table is padded by: a larger difference is another vocabulary.
+MOST_PADDING = 128
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ def shard_dataset(folder: Path, expected: str | None = None, hashed: slice = ALL
 def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """A model's configuration for a tokenizer: its tokens are the words, and a large table is padded to whole tiles."""
     words = len(tokenizer)
+    if config.vocab_size > words + MOST_PADDING:
+        raise ValueError(
+            f"vocab_size must be the data's {words} tokens, or up to {MOST_PADDING} more rows, got {config.vocab_size}: name "
+            "the text or the token shards that it is for with data=, or give vocab_size=0"
+        )
     rows = config.vocab_size or (-(-words // TILE) * TILE if isinstance(tokenizer, BpeTokenizer) else words)
     if rows < words or config.words not in (0, words):
         raise ValueError(

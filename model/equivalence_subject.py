@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import BEST, LAST, holds_run, load_source
-from model.config import Config, resolve
+from model.config import Config, parse_override, resolve
 from model.data import Tokens, load_dataset, random_batch
 from model.equivalence_sites import Choice, as_it_is
 from model.fast import FastGPT
@@ -67,9 +67,11 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     """A run's trained model on its text; a state_dict's, or a preset's fresh one, on random tokens."""
     path = folder_of(name)
     if name.startswith(PREFIX) or holds_run(path) or (path.is_file() and path.suffix != ".toml"):
-        weights, tokenizer, config = load_source(name, overrides, TOKENS)
+        moved = [word for word in overrides if holds_run(path) and parse_override(word)[0] == "train.data"]
+        weights, tokenizer, config = load_source(name, [word for word in overrides if word not in moved], TOKENS)
         if tokenizer is not None:
-            dataset = load_dataset(config.train.data, config.train.val_fraction, config.model.context, tokenizer)
+            place = parse_override(moved[-1])[1] if moved else config.train.data
+            dataset = load_dataset(place, config.train.val_fraction, config.model.context, tokenizer)
             return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
         m = config.model
         what = (
@@ -93,4 +95,4 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
 def random_tokens(config: Config, seed: int) -> Tensor:
     """A text of no sense, long enough for different batches."""
     count = 4 * config.train.batch * (config.model.context + 1)
-    return torch.randint(config.model.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(config.model.outputs, (count,), generator=torch.Generator().manual_seed(seed))

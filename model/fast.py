@@ -82,7 +82,10 @@ class FastGPT(nn.Module):
         return cls(reference.config, backend=backend, parameters_of=reference).train(reference.training)
 
     def to_reference(self) -> GPT:
-        """The reference of this model, on the very same Parameter objects and in the same mode."""
+        """The reference of this model, on the very same Parameter objects and in the same mode.
+
+        Of a subclass too, whose own methods it does not have: what they compute in another way it is the check of.
+        """
         with torch.device("meta"):  # its own weights are thrown away: give them no memory and draw no random numbers
             reference = GPT(self.config)
         reference.transformer, reference.lm_head = self.transformer, self.lm_head

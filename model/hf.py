@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.config import Config, ModelConfig
+from model.data import MOST_PADDING
 from model.fast import FastGPT
 from model.files import user_path, write_text
 from model.reference import GPT, sinusoidal_positions
@@ -23,8 +24,6 @@ from model.tokenizer import END_OF_TEXT, MERGES_FILES, BpeTokenizer, Tokenizer, 
 from model.weights_file import ACTIVATIONS, EVERY, FUNCTION, INDEX, TURNED, WEIGHTS, load_weights
 
 PREFIX = "hf:"
-# The most rows that a table is padded by: a larger difference is another vocabulary.
-MOST_PADDING = 128
 
 
 def folder_of(place: str) -> Path:
@@ -32,14 +31,14 @@ def folder_of(place: str) -> Path:
     return user_path(place.removeprefix(PREFIX))
 
 
-def load_hf(place: str) -> tuple[FastGPT, BpeTokenizer, Config]:
+def load_hf(place: str, backend: str = "auto") -> tuple[FastGPT, BpeTokenizer, Config]:
     """The fast model of hf:FOLDER in eval mode, with all its positions, its tokenizer and its configuration."""
     folder = folder_of(place)
     model, config = load_weights(folder, [], EVERY)
     tokenizer = read_tokenizer(folder)
     config = replace(config, model=fitted(config.model, tokenizer, place))
     model.config = config.model
-    return FastGPT.from_reference(model).eval(), tokenizer, config
+    return FastGPT.from_reference(model, backend=backend).eval(), tokenizer, config
 
 
 def fitted(config: ModelConfig, tokenizer: Tokenizer, place: str) -> ModelConfig:

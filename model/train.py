@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from model import checkpoint, report
-from model.checkpoint import BEST, LAST, load, pack
+from model.checkpoint import BEST, LAST, load, load_source, pack
 from model.config import Config, build, flatten, override, parse_override, read_preset, to_toml
+from model.convert import write_weights
 from model.data import random_batch
 from model.evaluate import evaluate, sample_text
 from model.files import hold, user_path, write_text
@@ -28,6 +29,7 @@ from model.run_files import Metrics, trim_samples, write_json, write_loss_svg, w
 from model.run_page import run_page
 from model.state import State, estimated_bytes, prepare, run_folder
 from model.throughput import flops_a_token, peak_flops
+from model.weights_file import EVERY, WEIGHTS
 
 WARM_STEPS = 10  # left out of the times: caches, lazy initialisation, the allocator's first pages
 RECENT_STEPS = 50
@@ -315,6 +317,8 @@ def run_held(state: State, quiet: bool) -> dict[str, Any]:
             raise RuntimeError(f"another rank has ended, and so does rank {state.ranks.rank}: {error}") from error
         raise
     result = result_of(state, time.perf_counter() - began)
+    if first and not result["interrupted"]:
+        write_weights(folder / WEIGHTS, load_source(str(folder), (), EVERY)[0])
     if first:
         write_json(folder / "result.json", result | {"config": flatten(config), "machine": environment})
     if result["interrupted"]:

@@ -34,6 +34,12 @@ MASK = re.compile(r"\.attn\.(masked_)?bias$")
 TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # What decides the function and no shape tells: our files say it.
 TOLD = ("model.n_head", "model.act", "model.pos", "model.context")
+# What must be said where they do not, for one of them two functions have the same weights.
+UNTOLD = {
+    "model.n_head": "n_head= (heads 64 wide: {})",
+    "model.act": "act= (gelu_tanh is GPT-2's, gelu the exact one)",
+    "model.pos": "pos= (sinusoidal or none: there is no table)",
+}
 # Tokens and sequences to check on unless told otherwise: attention written out in float64 needs B H T T numbers a layer.
 TOKENS, SEQUENCES = 128, 2
 # As many positions as there are.
@@ -91,10 +97,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index = folder / INDEX
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
     tensors: dict[str, Tensor] = {}
+    if (folder / "config.toml").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a run: name the checkpoint in it to begin with, {folder / 'best.pt'}")
     for name in files:
         if not (folder / name).is_file():
-            if (folder / "config.toml").is_file():
-                raise ValueError(f"{folder} is a run: name the checkpoint in it to begin with, {folder / 'best.pt'}")
             raise ValueError(f"{folder} must hold {name}, but it does not: save the model as safetensors there")
         tensors |= read_safetensors(folder / name)[0]
     return tensors, gpt2_settings(read_json(folder / "config.json"), folder)
@@ -153,16 +159,14 @@ def config_of(weights: dict[str, Tensor], settings: dict[str, Any], overrides: S
         "model.bias": "transformer.ln_f.bias" in weights,
         # Without a table there is no last position, only the longest text that the model has seen.
         "model.context": min(tokens, settings.get("model.context", TOKENS) if positions is None else len(positions)),
-        "model.pos": "none" if positions is None else "learned",
         "model.tie": head is None or torch.equal(head, weights["transformer.wte.weight"]),
         "train.batch": SEQUENCES,
-    }
-    chosen |= {name: value for name, value in settings.items() if name != "model.context"}
+    } | ({} if positions is None else {"model.pos": "learned"})
+    by_shape = {"model.context"} if positions is None else {"model.context", "model.pos"}
+    chosen |= {name: value for name, value in settings.items() if name not in by_shape}
     chosen |= dict(map(parse_override, overrides))
-    if "model.n_head" not in chosen:
-        raise ValueError(
-            f"shapes do not tell how many heads there are: add n_head= (heads 64 wide: {n_embd // 64 or 1})"
-        )
+    if untold := [words.format(n_embd // 64 or 1) for name, words in UNTOLD.items() if name not in chosen]:
+        raise ValueError(f"shapes do not tell what the model computes: add {', '.join(untold)}")
     return build(chosen)
 
 

@@ -178,3 +178,33 @@ def test_how_far_apart_the_cores_are():
         assert backends.cores_apart() is None
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_scale_that_learns_is_refused():
+    """Its gradient would be lost: q times it has one."""
+    q = torch.randn(1, 2, 3, 4)
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    for call in (
+        lambda: gptkernels.causal_attention(q, q, q, scale=scale),
+        lambda: gptkernels.causal_attention_packed(torch.randn(1, 3, 3, 2, 4), scale=scale),
+    ):
+        with pytest.raises(
+            TypeError, match=r"scale must be a number, got a tensor .*: multiply q by it, with scale=1.0"
+        ):
+            call()
+    assert torch.equal(*(gptkernels.causal_attention(q, q, q, scale=s) for s in (0.5, scale.detach())))
+
+
+def test_attention_takes_what_autocast_makes_one_dtype():
+    """As scaled_dot_product_attention does: rotary positions leave q and k in float32 beside a v in 16 bits."""
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gptkernels.causal_attention(q, k, v.bfloat16())
+        wanted = gptkernels.causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        with pytest.raises(TypeError, match="one floating dtype"):
+            gptkernels.causal_attention(q, k, v.double())
+        with pytest.raises(TypeError, match="one floating dtype"):
+            gptkernels.causal_attention(q, k, v.int())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+    with pytest.raises(TypeError, match="one floating dtype"):
+        gptkernels.causal_attention(q, k, v.bfloat16())

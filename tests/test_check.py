@@ -145,6 +145,16 @@ def test_a_run_is_checked_on_its_own_weights(capsys, tmp_path):
     assert result["name"] == str(tmp_path / "a") and f"trained weights, text: {text}" in lines[0]
     assert lines[2] == "its configuration trains with backend=cpu: --backend cpu compares that one"
     assert status == 0 and result["passed"], [row for row in result["rows"] if not row["passed"]]
+    text.rename(tmp_path / "moved.txt")
+    assert cli.main(["check", str(tmp_path / "a"), "--steps", "0"]) == 2
+    assert "that exists, got" in capsys.readouterr().err
+    _, result, lines = check(capsys, str(tmp_path / "a"), f"data={tmp_path}/moved.txt", "--steps", "0")
+    assert result["passed"] and f"text: {tmp_path}/moved.txt" in lines[0]
+
+
+def test_a_padded_table_is_checked_on_its_words(capsys):
+    status, result, _ = check(capsys, "tiny", "vocab_size=128", "words=100", "--steps", "0")
+    assert status == 0 and result["passed"]
 
 
 @pytest.mark.parametrize(

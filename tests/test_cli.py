@@ -46,6 +46,26 @@ def test_sample_is_reproducible(call, run):
     assert status == 2 and text == "" and "the prompt must hold at least one token" in err
 
 
+def test_sample_needs_not_what_the_run_was_trained_with(call, run, tmp_path):
+    """Of a GPU's backend, on a machine without one; an explicit one is honoured."""
+    payload = load(run, LAST)
+    payload["config"]["train.backend"] = "cuda"
+    torch.save(payload, tmp_path / "gpu.pt")
+    wanted = call("sample", str(run / LAST), "To be", "--tokens", "5")[1]
+    assert call("sample", str(tmp_path / "gpu.pt"), "To be", "--tokens", "5", "--device", "cpu")[1] == wanted
+    status, _, err = call("sample", str(run), "To be", "--tokens", "5", "--backend", "cuda", "--device", "cpu")
+    assert status == 1 and "backend='cuda'" in err
+    status, _, err = call("sample", str(run), "--device", "tpu")
+    assert status == 1 and "device must be auto, cpu or cuda, got 'tpu'" in err
+
+
+def test_a_terminal_may_lack_a_character(tmp_path):
+    (tmp_path / "text.txt").write_text("Größe äöü\n" * 30, encoding="utf-8")
+    words = [sys.executable, "-m", "model", "data", str(tmp_path / "text.txt")]
+    done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0 and b"Gr??e ???" in done.stdout, done.stderr
+
+
 def test_sample_last_is_the_last_checkpoint(call, run, tmp_path):
     """The best one has other weights here: without --last its likeliest token is written."""
     for name, token in (("last.pt", 2), ("best.pt", 5)):

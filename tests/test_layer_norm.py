@@ -275,6 +275,13 @@ x, w = torch.zeros(4, 8), torch.zeros(8)
         ((x.int(),), {}, TypeError, "x must be floating point, got torch.int32: convert it"),
         ((torch.tensor(1.0),), {}, ValueError, r"x must be \(..., C\) with C >= 1, got \(\)"),
         ((x[:, :0],), {}, ValueError, r"x must be \(..., C\) with C >= 1, got \(4, 0\)"),
+        (
+            (x, (8,), w, w),
+            {},
+            TypeError,
+            r"weight must be a tensor \(C,\) .* got tuple and Tensor: the order is x, weight",
+        ),
+        ((x, 8, w), {}, TypeError, "weight must be a tensor .* got int and float: the order is x, weight, bias, eps"),
         ((x, w, w, 0.0), {}, ValueError, "eps must be positive, got 0.0"),
         ((x, w, w, math.nan), {}, ValueError, "eps must be positive, got nan"),
         ((x, w[:7]), {}, ValueError, r"weight must be \(8,\) for x \(4, 8\), got \(7,\)"),

@@ -47,6 +47,18 @@ def test_lora_must_be_merged():
     torch.testing.assert_close(with_nn_linear(reference)(idx)[0], reference.eval()(idx)[0])
 
 
+def test_a_model_with_methods_of_its_own_is_refused():
+    """Its copy would be GPT's function, not its own."""
+
+    class Own(FastGPT):
+        def attend(self, attn, h, layer, seed):
+            return super().attend(attn, h, layer, seed) * 2
+
+    own = Own.from_reference(make_reference(CONFIG))
+    with pytest.raises(ValueError, match="got Own with its own attend: write these in plain PyTorch"):
+        with_nn_linear(own)
+
+
 def test_torchao_quantises_it():
     """Every layer, to weights of 8 bits, a scale a row: then the logits are off by about a 256th, and not by nothing."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")

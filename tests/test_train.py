@@ -30,10 +30,11 @@ from model.interrupt import interruptible
 from model.machine import commit
 from model.run_files import Metrics, read_metrics
 from model.train import resume, train
+from model.weights_file import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FILES = {"config.toml", "env.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.svg", "report.html",
+FILES = {"config.toml", "env.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.svg", "report.html", "model.safetensors",
          "result.json", LAST, BEST}  # fmt: skip
 
 
@@ -308,6 +309,18 @@ def test_wrong_settings_leave_no_folder(settings, tmp_path, override, error, mes
     with pytest.raises(error, match=message):
         train(chosen(settings, f"out={tmp_path}/new", override), quiet=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_vocabulary_of_another_text_is_refused(settings, tmp_path):
+    """As with a preset of GPT-2's and no data=: its table has 50304 rows, the text some 30 characters."""
+    with pytest.raises(
+        ValueError, match=r"vocab_size must be the data's \d+ tokens, or up to 128 more rows, got 50304: name"
+    ):
+        train(chosen(settings, "vocab_size=50304", "name=a"), quiet=True)
+    assert not (tmp_path / "a").exists()
+    assert train(chosen(settings, "vocab_size=64", "name=a", "steps=2"), quiet=True)["step"] == 2
+    model, config = load_weights(tmp_path / "a" / "model.safetensors", [])  # which says what it computes
+    assert len(model.lm_head.weight) == config.model.vocab_size < 64
 
 
 def test_folders_that_cannot_be(settings, tmp_path, text):

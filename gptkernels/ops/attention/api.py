@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptkernels.backend import autocast_dtype, cast, check_backward, distinct, resolve, say_fallback, wants_gradients
+from gptkernels.backend import (
+    autocast_dtype,
+    autocasts,
+    cast,
+    check_backward,
+    distinct,
+    resolve,
+    say_fallback,
+    wants_gradients,
+)
 from gptkernels.ops.attention import native, reference
 
 # The widest head whose tiles the kernels keep in the caches or in shared memory.
@@ -55,7 +64,7 @@ def causal_attention(
     check(q, k, v)
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = scale_of(scale, q.shape[-1])
     key = seed_tensor(dropout_p, seed, q.device)
     backend = choose(backend, q)
     if backend == "reference":
@@ -89,7 +98,7 @@ def causal_attention_packed(
     if not qkv.is_floating_point():
         raise TypeError(f"qkv must be floating point, got {qkv.dtype}: convert it")
     qkv = cast(qkv, autocast_dtype(qkv))
-    scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
+    scale = scale_of(scale, qkv.shape[-1])
     key = seed_tensor(dropout_p, seed, qkv.device)
     backend = choose(backend, qkv)
     if backend == "reference":
@@ -100,6 +109,15 @@ def causal_attention_packed(
     return native.packed_forward(backend, qkv, scale, dropout_p, key)[0]
 
 
+def scale_of(scale: float | None, D: int) -> float:
+    """What the scores are multiplied by; TypeError for a tensor that would lose its gradient."""
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            "scale must be a number, got a tensor that requires a gradient: multiply q by it, with scale=1.0"
+        )
+    return 1.0 / math.sqrt(D) if scale is None else float(scale)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless shapes, dtypes and devices fit together."""
     shape, key_shape = q.shape, k.shape
@@ -107,7 +125,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not fits or shape[:2] != key_shape[:2] or shape[3] != key_shape[3] or shape[3] == 0:
         shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"q must be (B, H, T, D) and k, v (B, H, S, D) with D >= 1, got {shapes}")
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or autocasts(q, k, v)):
         raise TypeError(
             f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}: convert them"
         )

@@ -88,6 +88,11 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, res
     shape, dtype, device = x.shape, x.dtype, x.device
     if not shape or shape[-1] == 0:
         raise ValueError(f"x must be (..., C) with C >= 1, got {tuple(shape)}")
+    if isinstance(eps, torch.Tensor) or not (weight is None or isinstance(weight, torch.Tensor)):
+        raise TypeError(
+            f"weight must be a tensor (C,) or None and eps a number, got {type(weight).__name__} and {type(eps).__name__}: the "
+            "order is x, weight, bias, eps, without F.layer_norm's normalized_shape"
+        )
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     if weight is not None:
