@@ -34,7 +34,7 @@ Settings are key=value, after a preset and over it; --print-config lists every k
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, metrics.jsonl, report.html,
 loss.svg, samples.txt, last.pt and best.pt (with parallel=fsdp, folders beside these hold their tensors), and when it is
 done the best weights as model.safetensors.
-On many GPUs: torchrun --nproc-per-node 8 -m model train PRESET ...
+On many GPUs: torchrun --no-python --nproc-per-node 8 gptkernels train PRESET ...
 Ctrl-C saves and says how to resume.
 """
 

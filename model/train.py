@@ -304,7 +304,11 @@ def run_held(state: State, quiet: bool) -> dict[str, Any]:
             config, state.dataset, state.model, state.device, state.backends, state.learner.micro, state.ranks, folder
         )
     )
-    program = f"torchrun --nproc-per-node {state.ranks.count} -m model" if state.ranks.count > 1 else "gptkernels"
+    program = (
+        f"torchrun --no-python --nproc-per-node {state.ranks.count} gptkernels"
+        if state.ranks.count > 1
+        else "gptkernels"
+    )
     command = f"{program} train --resume {shlex.quote(str(folder))}"
     if state.step:
         progress.note(f"going on after step {state.step}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cli import main
+from benchmarks.cli import check_arguments, main, make_parser
 from benchmarks.gpu_table import gpu_markdown
 from benchmarks.long_format import csv_text
 from benchmarks.scaling import line as scaling_line
@@ -147,3 +147,10 @@ def test_committed_csv_is_of_the_json_beside_it():
     assert tables and tables.keys() == set(folder.glob("*.csv"))
     for path, result in tables.items():
         assert path.read_text() == csv_text(result), path
+
+
+def test_operators_have_their_names_and_their_files():
+    parser = make_parser()
+    args = parser.parse_args(["ops", "causal_attention", "gelu_mlp", "linear_cross_entropy", "layer_norm", "mlp"])
+    check_arguments(parser, args)
+    assert args.names == ["attention", "mlp", "cross_entropy", "layer_norm", "mlp"]

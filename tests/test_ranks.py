@@ -208,7 +208,8 @@ def test_a_killed_rank_ends_all_of_them_and_the_run_goes_on(tmp_path):
         assert process.wait(300) != 0
     said = (tmp_path / "log").read_text()
     assert (
-        f"go on from the last checkpoint with  torchrun --nproc-per-node 2 -m model train --resume {tmp_path}/a" in said
+        f"go on from the last checkpoint with  torchrun --no-python --nproc-per-node 2 gptkernels train --resume {tmp_path}/a"
+        in said
     )
     step = load(tmp_path / "a")["step"]
     assert step % 5 == 0 and resume(tmp_path / "a", [f"steps={step + 5}"], quiet=True)["step"] == step + 5
