@@ -58,6 +58,17 @@ def make_parser() -> argparse.ArgumentParser:
     scaling.add_argument("names", nargs="*", metavar="AXIS", help=f"axes (default all): {', '.join(AXES)}")
     for command in (ops, train, scaling):
         add_options(command)
+    written = commands.add_parser(
+        "generate", help="tokens a second of a model that writes, on a CPU in fp32, with torchao's 8 bits"
+    )
+    written.add_argument(
+        "name", nargs="?", default="shakespeare-cpu", help="a preset or a run (default shakespeare-cpu)"
+    )
+    written.add_argument("--prompt", type=int, default=16, help="tokens of the text before (default 16)")
+    written.add_argument("--tokens", type=int, default=40, help="tokens to write (default 40)")
+    written.add_argument("--rounds", type=int, default=5, help="default 5")
+    written.add_argument("--backend", default="auto", help="backend of ours (default auto)")
+    written.add_argument("--threads", type=int, help="CPU threads (default torch's choice)")
     plot = commands.add_parser(
         "plot", help="pictures (PNG and SVG) of results: roofline, speed-ups, cost against sizes, loss against time"
     )
@@ -179,12 +190,27 @@ def main(argv: Sequence[str]) -> int:
         for path in plot(args.files, args.out):
             print(path)
         return 0
+    if args.command == "generate":
+        return generate_command(args)
     check_arguments(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     options = options_of(args)
     measure = {"ops": bench_ops, "train": bench_train, "scaling": bench_scaling}[args.command]
     return run(args.command, measure(args.names, options), options, args.out)
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    """`bench generate`."""
+    from benchmarks.generate import bench_generate, generate_text
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = describe("cpu")
+    print(f"bench generate, cpu, fp32: {machine_line(machine)}\n", flush=True)
+    result = bench_generate(args.name, args.prompt, args.tokens, max(args.rounds, 1), args.backend)
+    print(f"{generate_text(result)}\n\n{json.dumps(result | {'machine': machine}, allow_nan=False)}")
+    return 0 if result["passed"] else 1
 
 
 def read_result(file: Path) -> dict:
