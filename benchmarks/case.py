@@ -20,7 +20,7 @@ from gptkernels.backend import available_backends
 from gptkernels.cost import Cost
 from model.equivalence_rule import Row
 
-# kernels.md's rule: twice the plain error for what comes out, three times for gradients.
+# The rule of CONTRIBUTING.md: twice the plain error for what comes out, three times for gradients.
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 # For torch's own operators and other libraries'. Where they round more than the written-out form does (F.layer_norm's
 # weight gradient adds up rows one after another, a sum() adds pairs), that is no mistake of the column; one errs by orders

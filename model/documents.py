@@ -65,8 +65,8 @@ def documents_of(name: str) -> tuple[list[Document], str]:
         return [file_document(file) for file in files_of(path)], str(path)
     else:
         raise ValueError(
-            f"data must be shakespeare, english, python, or a file or folder that exists, got {str(path)!r} (token shards "
-            "are made with  gptkernels data SOURCE --tokenizer bpe)"
+            f"data must be shakespeare, english, python, or a file or folder that exists, got {str(path)!r}, seen from "
+            f"{Path.cwd()} (token shards are made with  gptkernels data SOURCE --tokenizer bpe)"
         )
     return [text_document(f"document {i} of {name}", text) for i, text in enumerate(texts)], source
 

@@ -55,16 +55,26 @@ ALONE = ("sabotage", "backend", "words", "overrides")
 SLOW_PARAMETERS = 10_000_000
 
 
+COLUMNS = """\
+columns:
+  max error, PyTorch's   the largest error of ours and of plain PyTorch in the same dtype, against float64
+  ratio, rms ratio       of these two, and of the root mean squares of all errors
+  ulp                    the median of our errors, in units in the last place of the exact values
+  repeats                whether a second run gave the same bits
+  allowed, used          how large the error may be, and how much of that it is"""
+
+
 def make_parser() -> Parser:
     """The parser of `check`."""
     parser = Parser(
         prog="gptkernels check",
         usage="gptkernels check [PRESET | RUN | FILE] [key=value ...] [options]",
-        description="Is the fast model the same function as the reference? Operators, blocks, logits, loss, every gradient, an"
-        " optimizer step, training and greedy text are compared; the fast model may err twice (in gradients three times) as"
-        " much against float64 as plain PyTorch does.",
-        epilog="the last line of stdout is one JSON object with every figure; exit status: 0 the same function, 1 another one,"
-        " 2 it could not be checked",
+        description="Is the fast model the same function as the reference? Operators, blocks, logits, loss, every gradient,\n"
+        "an optimizer step, training and greedy text are compared, on the CPU; the fast model may err twice (in\n"
+        "gradients three times) as much against float64 as plain PyTorch does.",
+        epilog=f"{COLUMNS}\n\nThe last line of stdout is one JSON object with every figure. Exit status: 0 the same function,\n"
+        "1 another one, 2 it could not be checked.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "words",

@@ -1,5 +1,5 @@
-// The affine map needs no kernel of its own beside gemm and its store-with-bias epilogue; only the bias gradient is
-// here.
+// The affine map needs no kernel of its own beside gemm and its store-with-bias epilogue (common/gemm.h); only the bias
+// gradient is here.
 #include "linear/linear_cpu.h"
 
 #include "common/columns.h"
