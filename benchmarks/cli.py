@@ -142,6 +142,14 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a message unless the numbers that count or last are positive."""
+    for name in ("threads", "rounds", "budget"):
+        value = getattr(args, name, None)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be positive, got {value}: leave it out for the default")
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave with a usage error where a value makes no sense; put the device and the names where they were left open."""
     if args.device == "auto":
@@ -164,10 +172,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         for name in args.names:
             if name not in known:
                 parser.error(f"bench {args.command} has no {name!r}: choose {', '.join(known)}")
-    for name in ("threads", "rounds", "budget"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} must be positive, got {value}: leave it out for the default")
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out must end in .json, got {args.out}: the same figures as CSV are written beside it")
 
@@ -190,11 +194,13 @@ def main(argv: Sequence[str]) -> int:
         for path in plot(args.files, args.out):
             print(path)
         return 0
-    if args.command == "generate":
-        return generate_command(args)
-    check_arguments(parser, args)
+    if args.command != "generate":
+        check_arguments(parser, args)
+    check_numbers(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.command == "generate":
+        return generate_command(args)
     options = options_of(args)
     measure = {"ops": bench_ops, "train": bench_train, "scaling": bench_scaling}[args.command]
     return run(args.command, measure(args.names, options), options, args.out)
@@ -204,11 +210,9 @@ def generate_command(args: argparse.Namespace) -> int:
     """`bench generate`."""
     from benchmarks.generate import bench_generate, generate_text
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     machine = describe("cpu")
     print(f"bench generate, cpu, fp32: {machine_line(machine)}\n", flush=True)
-    result = bench_generate(args.name, args.prompt, args.tokens, max(args.rounds, 1), args.backend)
+    result = bench_generate(args.name, args.prompt, args.tokens, args.rounds, args.backend)
     print(f"{generate_text(result)}\n\n{json.dumps(result | {'machine': machine}, allow_nan=False)}")
     return 0 if result["passed"] else 1
 

@@ -83,9 +83,9 @@ def empty_folder(path: Path) -> Path:
 
 
 def pack(config: Config, dataset: Dataset, learner: Learner, progress: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a run needs to go on bit for bit; progress is step, best_step and best_val_loss.
+    """Everything that a run needs to go on bit for bit; progress is step, best_step, best_val_loss, windows and spikes.
 
-    The place in the data is the step: batches are a function of the seed and the step (model/data.py).
+    The place in the data is the step, of shards the windows that were taken (model/data.py).
     """
     return {
         "format": FORMAT,
@@ -205,8 +205,6 @@ def load_source(name: str, overrides: Sequence[str], tokens: int) -> tuple[GPT, 
         model, config = load_weights(path, overrides, tokens)
         return model, None, config
     if overrides:
-        raise ValueError(
-            f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out (data= may be given)"
-        )
+        raise ValueError(f"a run has its own settings, got {overrides[0]!r} for {name}: leave it out")
     trained, tokenizer, config = load_model(path)
     return trained.to_reference() if isinstance(trained, FastGPT) else trained, tokenizer, config

@@ -49,7 +49,8 @@ examples:
 
 CONVERT_HELP = """\
 TARGET: hf:FOLDER for transformers' GPT2LMHeadModel.from_pretrained, or FILE.safetensors, a state_dict in nn.Linear's layout
-sample and check take hf:FOLDER as well; train begins from it with init=hf:FOLDER. Files of others may not tell n_head: add n_head=12.
+sample and check take hf:FOLDER as well; train begins from it with init=hf:FOLDER. What the shapes in a file of others do not
+tell is asked for: n_head=, act=, pos=.
 """
 
 
@@ -288,9 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a text may have characters that a terminal has not
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may have characters that a terminal has not
     words = [word for word in words if word != "--debug"]
     try:
         status = dispatch(words)

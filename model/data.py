@@ -1,6 +1,7 @@
 """From a text or token shards to batches: sources, train and validation split, random and complete windows.
 
-A batch is a function of (seed, step) alone, so a resumed run sees exactly the batches that it would have seen.
+A batch is a function of (seed, step), of shards of (seed, number of its first window), so a resumed run sees exactly the
+batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, read_bpe
 
 # A GPU multiplies by a table of so many rows, or a multiple, in whole tiles.
 TILE = 64
-# The most rows that a table is padded by: a larger difference is another vocabulary.
+# By fewer rows a table may be padded: a larger difference is another vocabulary.
 MOST_PADDING = 128
 
 
@@ -128,10 +129,10 @@ def shard_dataset(folder: Path, expected: str | None = None, hashed: slice = ALL
 def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """A model's configuration for a tokenizer: its tokens are the words, and a large table is padded to whole tiles."""
     words = len(tokenizer)
-    if config.vocab_size > words + MOST_PADDING:
+    if not config.words and config.vocab_size - MOST_PADDING >= words:
         raise ValueError(
-            f"vocab_size must be the data's {words} tokens, or up to {MOST_PADDING} more rows, got {config.vocab_size}: name "
-            "the text or the token shards that it is for with data=, or give vocab_size=0"
+            f"vocab_size must be the data's {words} tokens, or fewer than {MOST_PADDING} more rows, got {config.vocab_size}: "
+            "name the text or the token shards that it is for with data=, or give vocab_size=0"
         )
     rows = config.vocab_size or (-(-words // TILE) * TILE if isinstance(tokenizer, BpeTokenizer) else words)
     if rows < words or config.words not in (0, words):

@@ -21,6 +21,7 @@ PIECE = 1 << 16
 LONG_LINE = 1 << 12
 # Characters of a document's end below which it is no part for validation: some lines.
 SHORTEST_PART = 400
+GOLDEN = (5**0.5 - 1) / 2
 PYTHON = f"documentation of Python {sys.version.split()[0]}"
 PYTHON_TEXT_BYTES = 1_000_000
 
@@ -196,20 +197,17 @@ def scan(name: str, documents: list[Document], source: str, seen: Callable[[int]
 def cuts(characters: Sequence[int], val_fraction: float) -> list[int]:
     """Where the validation part of each document of so many characters begins, -1 for all of it.
 
-    It is a document's end. Of many that are too short to be parted some are taken whole, evenly, so that they have their
-    share.
+    It is a document's end. Of many that are too short to be parted some are taken whole, whatever their size, where these
+    come to about the share that is due.
     """
     places = [int(count * (1.0 - val_fraction)) for count in characters]
     short = [i for i, count in enumerate(characters) if count * val_fraction < SHORTEST_PART]
-    whole, owed = [], 0.0
-    for i in short:
-        owed += characters[i] * val_fraction
-        if round(owed) >= characters[i]:
-            owed -= characters[i]
-            whole.append(i)
-    if chosen := set(whole):
+    # Multiples of the golden ratio are spread evenly, and in step with no order of the files.
+    whole = {i for number, i in enumerate(short, 1) if number * GOLDEN % 1.0 < val_fraction}
+    due, found = val_fraction * sum(characters[i] for i in short), sum(characters[i] for i in whole)
+    if due / 2 <= found <= 2 * due:
         for i in short:
-            places[i] = -1 if i in chosen else characters[i]
+            places[i] = -1 if i in whole else characters[i]
     return places
 
 

@@ -68,7 +68,9 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     path = folder_of(name)
     if name.startswith(PREFIX) or holds_run(path) or (path.is_file() and path.suffix != ".toml"):
         moved = [word for word in overrides if holds_run(path) and parse_override(word)[0] == "train.data"]
-        weights, tokenizer, config = load_source(name, [word for word in overrides if word not in moved], TOKENS)
+        if holds_run(path) and (others := [word for word in overrides if word not in moved]):
+            raise ValueError(f"of a run's settings only data= may be given, got {others[0]!r} for {name}: leave it out")
+        weights, tokenizer, config = load_source(name, [] if moved else overrides, TOKENS)
         if tokenizer is not None:
             place = parse_override(moved[-1])[1] if moved else config.train.data
             dataset = load_dataset(place, config.train.val_fraction, config.model.context, tokenizer)

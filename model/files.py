@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+LOCK = ".lock"
 
 
 def user_path(text: str | Path) -> Path:
@@ -43,19 +46,42 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Inside, no other process holds the folder: RuntimeError where one does. One that dies lets go."""
-    handle = os.open(folder, os.O_RDONLY)
+    path = folder / LOCK
     try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)  # a lock on a network's disk needs a file that can be written
+    except OSError as error:
+        raise RuntimeError(f"cannot write in {folder}: {error.strerror}: choose another place") from error
+    try:
+        if not locked(handle) or not is_at(handle, path):
+            raise RuntimeError(f"another process is writing {folder}: wait for its end, or choose another place")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another process is writing {folder}: wait for its end, or choose another name"
-            ) from None
-        except OSError:
-            pass  # a disk on a network may know no locks
-        yield
+            yield
+        finally:
+            if is_at(handle, path):
+                path.unlink()
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # for a forked process as well, which has the handle too
         os.close(handle)
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of this path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def locked(handle: int) -> bool:
+    """Whether this process could lock an open file; it counts as locked on a disk without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def make_ready(path: Path) -> None:

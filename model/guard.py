@@ -80,9 +80,10 @@ def failure(learner: Learner, step: int, x: Tensor, y: Tensor, loss: float, norm
     if math.isfinite(loss):
         learner.gradients(step, x, y)
         norm_alone = "no value, only the gradients' norm, whose squares overflow float32"
-        found = first_non_finite(values_of(learner.model)) or norm_alone
+        found = on_any_rank(learner, first_non_finite(values_of(learner.model))) or norm_alone
     else:  # every gradient behind it is not finite either
-        found = first_non_finite(learner.model.named_parameters()) or first_output(learner, step, x, y)
+        weight = on_any_rank(learner, first_non_finite(learner.model.named_parameters()))
+        found = weight or first_output(learner, step, x, y)
     learner.optimizer.zero_grad(set_to_none=True)
     return RuntimeError(
         f"loss and gradient norm must be finite, got {loss} and {norm} at step {step + 1}; not finite first: {found}. "
@@ -95,11 +96,17 @@ def remedy(learner: Learner) -> str:
     return "Lower lr or lengthen warmup" + (", or set dtype=fp32" if learner.config.train.dtype != "fp32" else "")
 
 
+def on_any_rank(learner: Learner, found: str) -> str:
+    """What this rank found, else that another one did, whose part of the model or batch it has not; empty if none did."""
+    return (found or "on another rank") if learner.ranks.any(bool(found), torch.device("cpu")) else ""
+
+
 def check_evaluation(learner: Learner, step: int, losses: Sequence[float | None]) -> None:
     """Raise where a validation loss after `step` steps is not finite."""
     for loss in losses:
         if loss is not None and not math.isfinite(loss):
-            found = first_non_finite(learner.model.named_parameters()) or "no weight, only the forward"
+            weight = on_any_rank(learner, first_non_finite(learner.model.named_parameters()))
+            found = weight or "no weight, only the forward"
             raise RuntimeError(
                 f"the validation loss must be finite, got {loss} after step {step}; not finite first: {found}. "
                 f"{remedy(learner)}"
@@ -113,8 +120,7 @@ def first_output(learner: Learner, step: int, x: Tensor, y: Tensor) -> str:
         # All of them, whatever is found: ranks with parts of the model meet in each.
         for batch in split(x, y, learner.micro, learner.held_back.device, learner.ranks.rank * len(x)):
             learner.loss(learner.model, step, batch, None)
-    here = " on this rank" if learner.ranks.count > 1 else ""
-    return found[0] if found else f"no weight and no block's output{here}, only the loss"
+    return on_any_rank(learner, "".join(found)) or "no weight and no block's output, only the loss"
 
 
 @contextmanager
@@ -128,12 +134,14 @@ def watched(model: Model, found: list[str]) -> Iterator[None]:
         return given
 
     if isinstance(model, FastGPT):
-        block = model.block
+        block, own = model.block, vars(model).get("block")
         model.block = lambda layer, *args: keep(layer, block(layer, *args))  # type: ignore[method-assign]
         try:
             yield
         finally:
-            model.block = block  # type: ignore[method-assign]
+            del model.block
+            if own is not None:
+                model.block = own  # type: ignore[method-assign]
         return
     hooks = [
         block.register_forward_hook(lambda module, args, given, layer=layer: keep(layer, given))

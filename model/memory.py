@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from model.config import Config
 from model.ranks import Ranks, local_count
 
 Backends = Mapping[str, str]
+MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 WEIGHT_BYTES, TRAINED_BYTES = 4, 12  # fp32: gradient and AdamW's two means
 STREAM_BYTES = 4  # the residual stream is fp32 in every dtype
 
@@ -100,14 +103,27 @@ def gathered_bytes(config: Config, parameters: int, trained: int, accumulates: b
 def host_room() -> int:
     """Bytes of the host's memory that may still be taken, by each of the ranks on it."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        lines = dict(line.split(":") for line in MEMORY.read_text(encoding="ascii").splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
-        if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-            free = min(free, int(most) - int(used.read_text(encoding="ascii")))
     except (OSError, KeyError, ValueError):  # not Linux: what the machine has
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // local_count()
+    return max(min(free, container_room()), 0) // local_count()
+
+
+def container_room() -> int:
+    """Bytes that a container (cgroup v2, else v1) leaves, where it has a limit; what it keeps of files can be dropped."""
+    v1 = CGROUP / "memory"
+    for limit, used in (
+        (CGROUP / "memory.max", CGROUP / "memory.current"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says max
+            left = int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii"))
+            kept = dict(
+                line.split() for line in limit.with_name("memory.stat").read_text(encoding="ascii").splitlines()
+            )
+            return left + sum(int(kept.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return sys.maxsize
 
 
 def largest_micro(config: Config, sequences: int, room: int, backends: Backends) -> int:

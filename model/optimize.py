@@ -262,7 +262,7 @@ class Learner:
                     raise
                 # In the middle of an exchange a rank cannot go back: others wait there for it.
                 if self.ranks.count > 1 and not isinstance(error, FullTogether):
-                    raise self.too_large(str(error)) from error
+                    raise self.too_large(str(error) or "out of memory") from error
                 reason = str(error) or "out of memory"
             # Outside of the except block, whose traceback would hold what the forward had kept.
             self.optimizer.zero_grad(set_to_none=True)

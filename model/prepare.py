@@ -20,7 +20,7 @@ import numpy as np
 from model.data import longest_context, shard_dataset
 from model.documents import Scan, cuts, documents_of, parts, scan
 from model.fetch import sha256
-from model.files import hold, sync_folder, user_path, write_text
+from model.files import LOCK, hold, sync_folder, user_path, write_text
 from model.progress import Progress
 from model.report import duration
 from model.shards import (
@@ -174,9 +174,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         with hold(partial):
             for path in partial.iterdir():  # of a process that was killed
-                path.unlink()
+                if path.name != LOCK:
+                    path.unlink()
             try:
                 yield partial
+                (partial / LOCK).unlink()
                 partial.rename(folder)
                 sync_folder(folder.parent)
             except BaseException:

@@ -60,6 +60,11 @@ class Ranks:
         return self.count > 1 and (isinstance(error, dist.DistError) or "onnection" in str(error))
 
 
+def begins_first() -> bool:
+    """Whether this process will be the first rank, asked before it has met the others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+
+
 def local_rank() -> int:
     """The number of this process on its machine: that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

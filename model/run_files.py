@@ -50,9 +50,11 @@ class Metrics:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self.files + ([self.board] if self.board is not None else []):
+        for file in self.files:
             with contextlib.suppress(OSError):  # of a full disk, of which write has told
                 file.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def append(file: IO[str], text: str) -> None:

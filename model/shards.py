@@ -4,8 +4,9 @@
     tokenizer.json   the BPE that made them
     train-00000.bin  ...; val-00000.bin ...   little-endian uint16, or uint32 for more than 65536 tokens, nothing else
 
-A batch is a function of (seed, step, rank, ranks): an epoch's windows are visited in the order of a permutation that is
-computed, not stored, so a resumed run needs no state of the loader but its step, whatever the number of ranks.
+A batch is a function of (seed, number of its first window, rank, ranks): an epoch's windows are visited in the order of a
+permutation that is computed, not stored, so a resumed run needs no state of the loader but how many it has had, whatever
+the number of ranks.
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ def first_micro(config: Config, ranks: Ranks, model: Model, device: torch.device
         return int(micro)
     parameters, trained = report.count_parameters(model), report.count_trained(model)
     # All weights are there already, also of a model that is about to be spread.
-    state, _ = state_bytes(config, parameters, trained, ranks, 1)
+    state, host = state_bytes(config, parameters, trained, ranks, 1)
+    state += host if device.type == "cpu" else 0
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_room()
     room = free - state + WEIGHT_BYTES * parameters
     return ranks.least(largest_micro(config, config.sequences // ranks.count, room, backends))

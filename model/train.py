@@ -7,7 +7,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from model.guard import check_evaluation, failure, keep_batch
 from model.interrupt import interruptible
 from model.memory import kept_by_operator
 from model.progress import Progress
+from model.ranks import begins_first
 from model.run_files import Metrics, trim_samples, write_json, write_loss_svg, write_sample
 from model.run_page import run_page
 from model.state import State, estimated_bytes, prepare, run_folder
@@ -238,7 +239,8 @@ def train(config: Config, *, label: str = "", quiet: bool = False) -> dict[str, 
     """
     state = prepare(config, Path(config.train.out))  # before a folder exists: a wrong setting leaves none behind
     state.folder = Path(state.ranks.said_by_first(str(run_folder(config, label)) if state.ranks.first else ""))
-    return run(state, quiet)
+    with held(state.folder):
+        return run(state, quiet)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> dict[str, Any]:
@@ -247,6 +249,17 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
     if not folder.is_dir():
         instead = f"the file {folder}: give {folder.parent}" if folder.is_file() else f"{folder}: look under runs/"
         raise ValueError(f"RUN must be a run folder to go on with, got {instead}")
+    with held(folder):
+        return resume_held(folder, overrides, quiet)
+
+
+def held(folder: Path) -> AbstractContextManager[None]:
+    """Around all that one of the ranks writes into a run's folder, and reads there to go on from."""
+    return hold(folder) if begins_first() else nullcontext()
+
+
+def resume_held(folder: Path, overrides: Sequence[str], quiet: bool) -> dict[str, Any]:
+    """resume, in a folder that no other process writes."""
     payload = load(folder, LAST, tensors=())  # each rank reads its part
     settings = dict(payload["config"])
     notes = check_unedited(folder, settings, overrides)
@@ -259,7 +272,18 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = F
         raise ValueError(f"{folder} has done its {payload['step']} steps: give steps= a larger number to go on")
     state = prepare(config, folder, payload)
     state.learner.notes += notes
-    return run(state, quiet, changed=settings != payload["config"])
+    if settings != payload["config"]:  # at once: a run that is killed before its next checkpoint has them too
+        save(state, LAST)
+    return run(state, quiet)
+
+
+def export_best(state: State, progress: Progress) -> None:
+    """The best weights for other programs; where that fails the run is as good without them."""
+    try:
+        write_weights(state.folder / WEIGHTS, load_source(str(state.folder), (), EVERY)[0])
+    except (RuntimeError, MemoryError) as error:
+        command = f"gptkernels convert {shlex.quote(str(state.folder))} FILE.safetensors"
+        progress.note(f"{WEIGHTS} is missing ({error or 'out of memory'}): write it with  {command}")
 
 
 def check_unedited(folder: Path, settings: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -283,16 +307,8 @@ def check_unedited(folder: Path, settings: dict[str, Any], overrides: Sequence[s
     ]
 
 
-def run(state: State, quiet: bool, changed: bool = False) -> dict[str, Any]:
-    """Write down what the run is, train, and show its cards; changed: its last checkpoint is of other settings."""
-    with hold(state.folder) if state.ranks.first else nullcontext():
-        if changed:  # at once: a run that is killed before its next checkpoint has them too
-            save(state, LAST)
-        return run_held(state, quiet)
-
-
-def run_held(state: State, quiet: bool) -> dict[str, Any]:
-    """The same, in a folder that no other process writes."""
+def run(state: State, quiet: bool) -> dict[str, Any]:
+    """Write down what the run is, train, and show its cards."""
     config, folder, began = state.config, state.folder, time.perf_counter()
     progress, first = Progress(quiet or not state.ranks.first), state.ranks.first
     if first:
@@ -321,10 +337,10 @@ def run_held(state: State, quiet: bool) -> dict[str, Any]:
             raise RuntimeError(f"another rank has ended, and so does rank {state.ranks.rank}: {error}") from error
         raise
     result = result_of(state, time.perf_counter() - began)
-    if first and not result["interrupted"]:
-        write_weights(folder / WEIGHTS, load_source(str(folder), (), EVERY)[0])
     if first:
         write_json(folder / "result.json", result | {"config": flatten(config), "machine": environment})
+    if first and not result["interrupted"]:
+        export_best(state, progress)
     if result["interrupted"]:
         progress.note(f"stopped after step {state.step}, saved: go on with  {command}")
     else:

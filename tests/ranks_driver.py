@@ -5,6 +5,7 @@ Run as `python tests/ranks_driver.py FOLDER`; tests/test_ranks.py reads what com
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -21,7 +22,9 @@ from model import evaluate as evaluation
 from model import optimize, ranks
 from model.checkpoint import build_model
 from model.data import all_windows, load_dataset
-from model.train import resume, train
+from model.guard import check_evaluation, failure
+from model.state import prepare
+from model.train import resume, step_batch, train
 
 # A run that can stop anywhere: its learning rates do not look at the number of steps.
 HALF = [*RUN, "steps=6", "schedule=wsd", "decay=0.01"]
@@ -117,6 +120,25 @@ def other_data(settings, folder, joined):
     raise AssertionError("they were trained")
 
 
+def one_bad_number(settings, joined, kind):
+    """What both ranks say of a weight that is not finite, of which under FSDP one of them has the part."""
+    config = chosen(settings, f"parallel={kind}", "name=bad")
+    state = prepare(config, None)
+    with torch.no_grad():
+        weight = state.model.transformer.h[1].mlp.c_fc.weight
+        local = getattr(weight, "to_local", lambda: weight)()
+        if joined.rank == 1 or kind == "ddp":
+            local[3, 5] = math.nan
+    said = str(failure(state.learner, 4, *step_batch(state, 4), math.nan, math.nan))
+    try:
+        check_evaluation(state.learner, 4, [math.nan])
+    except RuntimeError as error:
+        said += str(error)
+    words = [None, None]
+    dist.all_gather_object(words, said)
+    return words
+
+
 def work(folder):
     """Everything that one rank does."""
     faulthandler.dump_traceback_later(900, exit=True)  # ranks that wait for each other say where
@@ -140,6 +162,7 @@ def work(folder):
     train(chosen(settings, *HALF, "steps=12", "parallel=fsdp", "name=straight"), quiet=True)
     resume(folder / "parted", ["steps=12", "parallel=ddp"], quiet=True)
     resume(folder / "halved", ["steps=12"], quiet=True)
+    found |= {f"bad-{kind}": one_bad_number(settings, joined, kind) for kind in KINDS}
     if joined.first:
         torch.save(found, folder / "found.pt")
 

@@ -195,12 +195,36 @@ def test_a_run_on_a_cpu_takes_what_its_memory_holds(settings, monkeypatch):
         assert training.prepare(chosen(settings, "vocab_size=64"), None).learner.micro == micro
 
 
-def test_the_room_of_this_machine(monkeypatch):
-    """Between nothing and all of its memory; ranks on it share it."""
-    room, total = memory.host_room(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < room <= total
+def test_the_room_of_this_machine(monkeypatch, tmp_path):
+    """Between nothing and all of its memory; all of it where nothing tells."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < memory.host_room() <= total
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.host_room() == total
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_room_of_a_container(monkeypatch, tmp_path, version):
+    """Its limit less what it uses, of which the pages of files it has read can be dropped; none where it says max."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.container_room() > 1 << 60
+    folder, limit, used = {
+        1: (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: (tmp_path, "memory.max", "memory.current"),
+    }[version]
+    folder.mkdir(exist_ok=True)
+    (folder / limit).write_text("8000\n")
+    (folder / used).write_text("7000\n")
+    (folder / "memory.stat").write_text("anon 900\nactive_file 4000\ninactive_file 2000\n")
+    assert memory.container_room() == 7000 and memory.host_room() == 7000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 0 < memory.host_room() <= total // 4
+    assert memory.host_room() == 1750
+    (folder / limit).write_text("max\n")
+    assert memory.container_room() > 1 << 60
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:   40 kB\n")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    assert memory.host_room() == 10240
 
 
 def test_the_first_micro_batch_is_what_should_fit():

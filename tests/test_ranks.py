@@ -98,6 +98,26 @@ def test_ranks_with_different_texts_are_refused(both):
     assert not (both[0] / "other").exists()
 
 
+def test_a_weight_that_is_not_finite_is_named_by_the_rank_that_has_it(both):
+    """And no rank goes on to an exchange that the other one does not come to."""
+    name = r"not finite first: transformer\.h\.1\.mlp\.c_fc\.weight \(1 of 1024 values\)"
+    first, second = both[1]["bad-fsdp"]
+    assert len(re.findall("not finite first: on another rank", first)) == 2 and len(re.findall(name, second)) == 2
+    assert all(len(re.findall(name, said)) == 2 for said in both[1]["bad-ddp"])
+
+
+def test_memory_that_runs_out_without_a_word_is_told():
+    """A MemoryError of C++ has no words."""
+    config, _ = resolve("tiny", ["n_embd=16", "vocab_size=11", "micro_batch=4"])
+    learner = Learner(config, build_model(config), 4)
+    learner.ranks = Ranks(0, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "accumulate", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(Learner, "weight", lambda *_: None)
+        with pytest.raises(RuntimeError, match=r"micro_batch=4 does not fit into memory \(out of memory\)"):
+            learner.gradients(0, *some_batch(11, ignored=False))
+
+
 def test_ranks_exchange_gradients_once_a_step(both):
     """Of two micro batches each: DDP has one bucket for so small a model, FSDP a group for each block and the rest."""
     assert [both[1]["gradients"][kind]["exchanges"] for kind in KINDS] == [1, 3]

@@ -151,7 +151,7 @@ def test_a_folder_becomes_shards_of_its_documents(texts, folder):
 
 
 def test_short_documents_are_validated_on_as_wholes(tmp_path):
-    """Their ends would be less than a line: of 400 every 50th is kept, beside the end of a long one."""
+    """Their ends would be less than a line: of 400 about every 50th is kept, beside the end of a long one."""
     (tmp_path / "texts").mkdir()
     names = [f"{i:03d}.txt" for i in range(400)]
     for name in names:
@@ -159,13 +159,28 @@ def test_short_documents_are_validated_on_as_wholes(tmp_path):
     (tmp_path / "texts" / "long.txt").write_text(WORDS * 400, encoding="utf-8")
     data = shard_dataset(prepare(str(tmp_path / "texts"), "bpe", 300, str(tmp_path / "made"), 0.02, quiet=True))
     train, val = (data.tokenizer.decode(part[:]).split(END_OF_TEXT)[:-1] for part in (data.train, data.val))
-    assert [text[:7] for text in val[:-1]] == names[49::50] and val[-1] == WORDS * 7
-    assert len(train) == 393 and sorted(text[:7] for text in train[:-1] + val[:-1]) == names
+    kept = [names.index(text[:7]) for text in val[:-1]]
+    assert 6 <= len(kept) <= 10 and max(b - a for a, b in zip([0, *kept], [*kept, 400], strict=True)) <= 100
+    assert val[-1] == WORDS * 7 and sorted(text[:7] for text in train[:-1] + val[:-1]) == names
 
 
 def test_few_short_documents_are_parted_as_long_ones():
+    """Where no wholes of them come to the share that is due, least of all the smallest one."""
     assert cuts([1000, 2000], 0.1) == [900, 1800] and cuts([1000, 100_000], 0.1) == [900, 90_000]
-    assert cuts([1000] * 10 + [100_000], 0.1) == [1000] * 9 + [-1, 90_000]
+    assert cuts([3900, 3900, 50], 0.1) == [3510, 3510, 45] and cuts([60_000] * 20 + [500], 0.005)[-2:] == [59_700, 497]
+    assert sorted(cuts([1000] * 10 + [100_000], 0.1)) == [-1] + [1000] * 9 + [90_000]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.02])
+@pytest.mark.parametrize("order", ["random", "alternating"])
+def test_which_documents_are_whole_does_not_depend_on_their_size(fraction, order):
+    sizes = np.random.default_rng(0).lognormal(6, 1, 2000).astype(int).clip(1, int(399 / fraction)).tolist()
+    if order == "alternating":
+        sizes = [100, 3900] * 1000
+    whole = [size for size, place in zip(sizes, cuts(sizes, fraction), strict=True) if place == -1]
+    assert sum(whole) == pytest.approx(fraction * sum(sizes), rel=0.3)
+    middle = sorted(sizes)[1000]
+    assert sum(size >= middle for size in whole) / len(whole) == pytest.approx(0.5, abs=0.15)
 
 
 def test_one_process_at_a_time_prepares_a_folder(texts, tmp_path):

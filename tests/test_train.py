@@ -228,6 +228,54 @@ def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs) < 2e-5
 
 
+def test_a_resume_reads_what_the_last_writer_left(settings, tmp_path, monkeypatch):
+    """It holds the folder before it looks into it: a checkpoint of another process is not written over by an older one."""
+    train(chosen(settings, "name=a", "steps=4"), quiet=True)
+    real = training.load
+
+    def watched(folder, *args, **kwargs):
+        with pytest.raises(RuntimeError, match="another process is writing"), hold(folder):
+            pass
+        return real(folder, *args, **kwargs)
+
+    monkeypatch.setattr(training, "load", watched)
+    assert resume(tmp_path / "a", ["steps=8"], quiet=True)["step"] == 8
+    assert not (tmp_path / "a" / ".lock").exists()
+
+
+def test_a_forked_process_does_not_keep_the_folder(tmp_path):
+    with hold(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(30)
+            os._exit(0)
+    with hold(tmp_path):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_the_end_of_a_run_that_its_disk_does_not_take(settings, tmp_path, monkeypatch, capsys):
+    """The figures are kept where the weights are not exported; an error of the disk's own names the way on."""
+
+    def full(*_):
+        raise RuntimeError("cannot write model.safetensors: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_weights", full)
+        assert train(chosen(settings, "name=a", "steps=4"))["step"] == 4
+    out = capsys.readouterr().out
+    assert f"No space left on device): write it with  gptkernels convert {tmp_path}/a FILE.safetensors" in out
+    assert "next:" in out and json.loads((tmp_path / "a" / "result.json").read_text())["step"] == 4
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(training, "draw", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        resume(tmp_path / "a", ["steps=8"])
+    assert "go on from the last checkpoint with  gptkernels train --resume" in capsys.readouterr().out
+
+
 def test_one_process_writes_a_run(settings, tmp_path, monkeypatch):
     """A second one, of the same name or that resumes, is refused; a run that has ended lets go."""
     train(chosen(settings, "name=a", "steps=4"), quiet=True)
@@ -314,7 +362,7 @@ def test_wrong_settings_leave_no_folder(settings, tmp_path, override, error, mes
 def test_a_vocabulary_of_another_text_is_refused(settings, tmp_path):
     """As with a preset of GPT-2's and no data=: its table has 50304 rows, the text some 30 characters."""
     with pytest.raises(
-        ValueError, match=r"vocab_size must be the data's \d+ tokens, or up to 128 more rows, got 50304: name"
+        ValueError, match=r"vocab_size must be the data's \d+ tokens, or fewer than 128 more rows, got 50304: name"
     ):
         train(chosen(settings, "vocab_size=50304", "name=a"), quiet=True)
     assert not (tmp_path / "a").exists()
