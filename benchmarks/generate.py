@@ -6,6 +6,7 @@ float64 as everywhere. Those of 8 bits are another function, and say by how much
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import progress
+from benchmarks.harness import in_turn, progress
 from benchmarks.tables import aligned
 from model.equivalence_rule import compare
 from model.equivalence_subject import subject
@@ -70,7 +71,7 @@ def bench_generate(name: str, prompt: int, tokens: int, rounds: int, backend: st
     columns, text = columns_of(weights, backend), what.tokens[:prompt]
     with torch.no_grad():
         logits = {column: logits_after(*columns[column])(text).double() for column in columns}
-        exact = logits_after(exactly(weights), False)(text)
+        exact = logits_after(copy.deepcopy(weights).double(), False)(text)
     notes: dict[str, dict[str, Any]] = {}
     for column, found in logits.items():
         row = compare(column, found.float(), logits["reference"].float(), exact, dtype=torch.float32)
@@ -84,7 +85,7 @@ def bench_generate(name: str, prompt: int, tokens: int, rounds: int, backend: st
     times: dict[str, list[tuple[float, float]]] = {column: [] for column in columns}
     for r in range(rounds + 1):  # the first one warms up
         progress(f"round {r}/{rounds}")
-        for column in list(columns) if r % 2 else list(columns)[::-1]:
+        for column in in_turn(list(columns), r):
             times[column].append(seconds_of(columns[column], text, tokens))
     progress("")
     for column, pairs in times.items():
@@ -97,15 +98,6 @@ def bench_generate(name: str, prompt: int, tokens: int, rounds: int, backend: st
         "columns": notes,
         "passed": all(note["passed"] for note in notes.values()),
     }
-
-
-def exactly(weights: GPT) -> GPT:
-    """A copy in float64."""
-    with torch.device("meta"):
-        copied = GPT(weights.config)
-    state: Mapping[str, Tensor] = {name: x.double() for name, x in weights.state_dict().items()}
-    copied.load_state_dict(state, assign=True)
-    return copied.eval()
 
 
 def generate_text(result: Mapping[str, Any]) -> str:

@@ -11,12 +11,13 @@ import gc
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from benchmarks.device import Stages
 from gptkernels.cost import Cost, fraction_of_roof
 
 Times = dict[str, list[float]]
+T = TypeVar("T")
 
 
 class Timed(Protocol):
@@ -91,7 +92,7 @@ def takes_part(r: int, planned: int, rounds: int) -> bool:
     return r == 0 or r * planned // rounds > (r - 1) * planned // rounds
 
 
-def in_turn(columns: Sequence[Timed], r: int) -> list[Timed]:
+def in_turn(columns: Sequence[T], r: int) -> list[T]:
     """The order of round r: every other round backwards, since a rotation alone never changes who follows whom."""
     if not columns:
         return []

@@ -32,8 +32,8 @@ Settings are key=value, after a preset and over it; --print-config lists every k
   data=shakespeare | shakespeare:PATH_OR_URL | english | python | FILE | FOLDER | SHARDS     model=fast | reference
   pos=learned | sinusoidal | none    steps=2000    lr=1e-3    dtype=fp32 | bf16 | fp16    backend=auto | cpu | reference
 The run folder (out=runs, name=...) gets config.toml, env.json, metrics.csv, metrics.jsonl, report.html,
-loss.svg, samples.txt, last.pt and best.pt (with parallel=fsdp, folders beside these hold their tensors), and when it is
-done the best weights as model.safetensors.
+loss.svg, samples.txt, last.pt and best.pt (with parallel=fsdp, folders beside these hold their tensors), and when it
+stops the best weights as model.safetensors.
 On many GPUs: torchrun --no-python --nproc-per-node 8 gptkernels train PRESET ...
 Ctrl-C saves and says how to resume.
 """

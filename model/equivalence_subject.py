@@ -67,12 +67,13 @@ def subject(name: str, overrides: Sequence[str], seed: int) -> Subject:
     """A run's trained model on its text; a state_dict's, or a preset's fresh one, on random tokens."""
     path = folder_of(name)
     if name.startswith(PREFIX) or holds_run(path) or (path.is_file() and path.suffix != ".toml"):
-        moved = [word for word in overrides if holds_run(path) and parse_override(word)[0] == "train.data"]
-        if holds_run(path) and (others := [word for word in overrides if word not in moved]):
-            raise ValueError(f"of a run's settings only data= may be given, got {others[0]!r} for {name}: leave it out")
-        weights, tokenizer, config = load_source(name, [] if moved else overrides, TOKENS)
+        place, given = "", overrides
+        if holds_run(path):  # its text may have moved, all else is its own
+            places = [value for key, value in map(parse_override, overrides) if key == "train.data"]
+            place, given = (places or [""])[-1], [word for word in overrides if parse_override(word)[0] != "train.data"]
+        weights, tokenizer, config = load_source(name, given, TOKENS)
         if tokenizer is not None:
-            place = parse_override(moved[-1])[1] if moved else config.train.data
+            place = place or config.train.data
             dataset = load_dataset(place, config.train.val_fraction, config.model.context, tokenizer)
             return Subject(name, config, weights, dataset.train, f"trained weights, text: {dataset.source}")
         m = config.model

@@ -17,7 +17,8 @@ def initial(config: Config, tokenizer: Tokenizer) -> tuple[ModelConfig, dict[str
     """(shape, weights) of the checkpoint that init= names, hf:FOLDER or a file, for data of this tokenizer.
 
     Of the given shape remain the context, for which the checkpoint must have the positions, the dropout, and what a file does
-    not tell, the number of heads, the activation and positions without a table; ValueError where the command line said another one than the checkpoint's.
+    not tell, the number of heads, the activation and positions without a table; ValueError where the command line said another
+    one than the checkpoint's.
     """
     place, own = config.train.init, config.model
     defaults = {"model.n_head": own.n_head, "model.act": own.act}

@@ -21,9 +21,10 @@ class MicroBatch:
     first: int
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the host has run out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: BaseException) -> str:
+    """What an error says where the memory of a GPU or of the host has run out; empty for any other error."""
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return (str(error) or "out of memory") if full else ""  # C++'s has no words
 
 
 def split(x: Tensor, y: Tensor, micro: int, device: torch.device, first: int = 0) -> list[MicroBatch]:

@@ -258,12 +258,11 @@ class Learner:
                     self.try_out(step, batches)
                 return self.accumulate(step, batches, weight)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                if not (reason := out_of_memory(error)):
                     raise
                 # In the middle of an exchange a rank cannot go back: others wait there for it.
                 if self.ranks.count > 1 and not isinstance(error, FullTogether):
-                    raise self.too_large(str(error) or "out of memory") from error
-                reason = str(error) or "out of memory"
+                    raise self.too_large(reason) from error
             # Outside of the except block, whose traceback would hold what the forward had kept.
             self.optimizer.zero_grad(set_to_none=True)
             self.shrink(len(x), reason)
@@ -296,9 +295,8 @@ class Learner:
         try:
             result = work()
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not (reason := out_of_memory(error)):
                 raise
-            reason = str(error) or "out of memory"
         # The host's own exchange: it waits for no GPU.
         if self.ranks.any(bool(reason), torch.device("cpu")):
             raise FullTogether(reason or "on another rank")

@@ -9,29 +9,24 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from model.fast import FastGPT, Model
+from model.generate import as_written
 from model.reference import GPT, Linear
-
-# What a subclass of FastGPT overrides to compute something else.
-METHODS = ("forward", "hidden", "block", "look_up", "add_positions", "drop", "attend", "think")
 
 
 def with_nn_linear(model: Model) -> GPT:
     """A copy of the model in eval mode, in plain PyTorch, each linear layer an nn.Linear with the same weights and name.
 
     Its state_dict is the model's; a head that is tied to the embeddings is so until a tool gives it weights of its own.
-    Raises ValueError for LoRA that is not merged, and for a subclass of FastGPT with methods of its own.
+    Raises ValueError for LoRA that is not merged, and for a FastGPT with methods or hooks of its own.
     """
     if any(parametrize.is_parametrized(layer) for layer in model.modules()):
         raise ValueError(
             "a model with LoRA must be merged first, got one that is not: model.lora.merge_lora does, and load_model"
         )
-    own = [
-        name for name in METHODS if isinstance(model, FastGPT) and getattr(type(model), name) is not vars(FastGPT)[name]
-    ]
-    if own:
+    if isinstance(model, FastGPT) and not as_written(model):
         raise ValueError(
-            f"only what FastGPT computes is there in plain PyTorch, got {type(model).__name__} with its own {', '.join(own)}: "
-            "write these in plain PyTorch, on layers that are nn.Linear"
+            f"only what FastGPT computes is there in plain PyTorch, got {type(model).__name__} with methods or hooks of its "
+            "own: write these in plain PyTorch, on layers that are nn.Linear"
         )
     copied = copy.deepcopy(model.to_reference() if isinstance(model, FastGPT) else model)
     copied.zero_grad()

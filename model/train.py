@@ -339,10 +339,10 @@ def run(state: State, quiet: bool) -> dict[str, Any]:
     result = result_of(state, time.perf_counter() - began)
     if first:
         write_json(folder / "result.json", result | {"config": flatten(config), "machine": environment})
-    if first and not result["interrupted"]:
-        export_best(state, progress)
     if result["interrupted"]:
         progress.note(f"stopped after step {state.step}, saved: go on with  {command}")
-    else:
+    if first and state.best_step:  # after a Ctrl-C too: that of an earlier end would be of other weights
+        export_best(state, progress)
+    if not result["interrupted"]:
         progress.note(report.end_card(result, report.next_commands(folder, state.dataset, config, command)))
     return result

@@ -54,9 +54,17 @@ def test_a_model_with_methods_of_its_own_is_refused():
         def attend(self, attn, h, layer, seed):
             return super().attend(attn, h, layer, seed) * 2
 
-    own = Own.from_reference(make_reference(CONFIG))
-    with pytest.raises(ValueError, match="got Own with its own attend: write these in plain PyTorch"):
-        with_nn_linear(own)
+    changed = [
+        Own.from_reference(make_reference(CONFIG)),
+        *(FastGPT.from_reference(make_reference(CONFIG)) for _ in "ab"),
+    ]
+    changed[1].think = lambda mlp, h: h
+    changed[2].register_forward_hook(lambda *_: None)
+    for model, name in zip(changed, ("Own", "FastGPT", "FastGPT"), strict=True):
+        with pytest.raises(
+            ValueError, match=f"got {name} with methods or hooks of its own: write these in plain PyTorch"
+        ):
+            with_nn_linear(model)
 
 
 def test_torchao_quantises_it():

@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -25,10 +23,9 @@ from model.checkpoint import BEST, LAST, build_model, load
 from model.config import resolve
 from model.data import load_dataset
 from model.evaluate import evaluate
-from model.files import hold
 from model.interrupt import interruptible
 from model.machine import commit
-from model.run_files import Metrics, read_metrics
+from model.run_files import read_metrics
 from model.train import resume, train
 from model.weights_file import load_weights
 
@@ -228,66 +225,6 @@ def test_the_fast_model_trains_as_the_reference_does(settings, tmp_path):
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs) < 2e-5
 
 
-def test_a_resume_reads_what_the_last_writer_left(settings, tmp_path, monkeypatch):
-    """It holds the folder before it looks into it: a checkpoint of another process is not written over by an older one."""
-    train(chosen(settings, "name=a", "steps=4"), quiet=True)
-    real = training.load
-
-    def watched(folder, *args, **kwargs):
-        with pytest.raises(RuntimeError, match="another process is writing"), hold(folder):
-            pass
-        return real(folder, *args, **kwargs)
-
-    monkeypatch.setattr(training, "load", watched)
-    assert resume(tmp_path / "a", ["steps=8"], quiet=True)["step"] == 8
-    assert not (tmp_path / "a" / ".lock").exists()
-
-
-def test_a_forked_process_does_not_keep_the_folder(tmp_path):
-    with hold(tmp_path):
-        child = os.fork()
-        if not child:
-            time.sleep(30)
-            os._exit(0)
-    with hold(tmp_path):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_the_end_of_a_run_that_its_disk_does_not_take(settings, tmp_path, monkeypatch, capsys):
-    """The figures are kept where the weights are not exported; an error of the disk's own names the way on."""
-
-    def full(*_):
-        raise RuntimeError("cannot write model.safetensors: No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "write_weights", full)
-        assert train(chosen(settings, "name=a", "steps=4"))["step"] == 4
-    out = capsys.readouterr().out
-    assert f"No space left on device): write it with  gptkernels convert {tmp_path}/a FILE.safetensors" in out
-    assert "next:" in out and json.loads((tmp_path / "a" / "result.json").read_text())["step"] == 4
-
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(training, "draw", broken)
-    with pytest.raises(OSError, match="Input/output error"):
-        resume(tmp_path / "a", ["steps=8"])
-    assert "go on from the last checkpoint with  gptkernels train --resume" in capsys.readouterr().out
-
-
-def test_one_process_writes_a_run(settings, tmp_path, monkeypatch):
-    """A second one, of the same name or that resumes, is refused; a run that has ended lets go."""
-    train(chosen(settings, "name=a", "steps=4"), quiet=True)
-    with hold(tmp_path / "a"), pytest.raises(RuntimeError, match=f"another process is writing {tmp_path}/a: wait"):
-        resume(tmp_path / "a", ["steps=8"], quiet=True)
-    assert load(tmp_path / "a", LAST)["config"]["train.steps"] == 4
-    (tmp_path / "b").mkdir()
-    with hold(tmp_path / "b"), pytest.raises(RuntimeError, match="another process is writing"):
-        train(chosen(settings, "name=b"), quiet=True)
-    assert resume(tmp_path / "a", ["steps=8"], quiet=True)["step"] == 8
-
-
 def test_what_a_resume_changes_outlives_a_kill(settings, tmp_path, monkeypatch, capsys):
     train(chosen(settings, "name=a"), quiet=True)
     with monkeypatch.context() as patch:
@@ -301,22 +238,6 @@ def test_what_a_resume_changes_outlives_a_kill(settings, tmp_path, monkeypatch, 
     assert "weight_decay = 0.3, the run has 0.1 and keeps it: give it after --resume RUN" in capsys.readouterr().out
     config = load(tmp_path / "a", LAST)["config"]
     assert config["train.lr"] == 1e-5 and config["train.weight_decay"] == 0.1
-
-
-def test_a_full_disk_is_told_with_the_way_on(settings, tmp_path, capsys):
-    """Linux's /dev/full takes nothing: neither a sample nor a row of the metrics."""
-    train(chosen(settings, "name=a", "steps=4"), quiet=True)
-    (tmp_path / "a" / "samples.txt").unlink()
-    (tmp_path / "a" / "samples.txt").symlink_to("/dev/full")
-    with pytest.raises(RuntimeError, match=r"cannot write .*samples.txt: No space left on device: make room there"):
-        resume(tmp_path / "a", ["steps=8"])
-    assert f"go on from the last checkpoint with  gptkernels train --resume {tmp_path}/a" in capsys.readouterr().out
-    metrics = Metrics(tmp_path / "a")
-    for file in metrics.files:
-        file.close()
-    metrics.files = [Path("/dev/full").open("a")]  # noqa: SIM115 (closed by Metrics)
-    with pytest.raises(RuntimeError, match="cannot write /dev/full: No space left"), closing(metrics):
-        metrics.write({"step": 1, "loss": 1.0})
 
 
 def test_a_micro_batch_of_auto_is_chosen_anew_after_a_number(settings, tmp_path):
@@ -369,6 +290,19 @@ def test_a_vocabulary_of_another_text_is_refused(settings, tmp_path):
     assert train(chosen(settings, "vocab_size=64", "name=a", "steps=2"), quiet=True)["step"] == 2
     model, config = load_weights(tmp_path / "a" / "model.safetensors", [])  # which says what it computes
     assert len(model.lm_head.weight) == config.model.vocab_size < 64
+
+
+def test_exported_weights_are_the_best_also_after_an_interrupt(settings, tmp_path, monkeypatch):
+    for steps, interrupt in ((4, None), (12, 9)):
+        if interrupt:
+            interrupt_at(monkeypatch, interrupt)
+            assert resume(tmp_path / "a", [f"steps={steps}"], quiet=True)["interrupted"]
+        else:
+            train(chosen(settings, "name=a", f"steps={steps}"), quiet=True)
+        model, _ = load_weights(tmp_path / "a" / "model.safetensors", [])
+        best = load(tmp_path / "a", BEST)
+        assert best["step"] == (8 if interrupt else 4)
+        assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, best["model"]["transformer.h.0.mlp.c_fc.weight"])
 
 
 def test_folders_that_cannot_be(settings, tmp_path, text):
